@@ -1,0 +1,341 @@
+"""JSON lines -> token cache on disk -> packed rows with document isolation.
+
+A file is validated and tokenised once; the ids lie in a memory-mapped cache under a key of the file's content, the
+tokenizer and the settings, so a file may be far larger than memory. Whole documents are packed into rows of max_seq_len
+tokens; a document is cut only where it is longer than a row.
+
+Shapes: T tokens in a row. A row is {"input_ids": (T,), "labels": (T,), "attention_mask": (T,)}, int64:
+labels are unshifted and -100 where nothing is to be predicted (padding, prompts, the first token of a document);
+attention_mask is 0 on padding and k = 1, 2, ... on the k-th document of the row, which sees itself alone and whose
+positions start at 0.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dataset.chat import EncodedConversation, encode_conversations, validate_conversation
+from model.errors import InputError
+
+IGNORED = -100
+FORMAT_VERSION = 1  # part of the cache key: raise it when the meaning of a cached file changes
+ROWS_PER_READ = 1024
+
+
+def read_jsonl(path: str | Path, on_bytes: Callable[[int], object] = lambda n: None) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, row) for every row; blank lines are passed over, anything else that is no row is an error.
+
+    on_bytes is told the size of every line read, for a progress bar.
+    """
+    path = Path(path)
+    empty = True
+    for number, line in read_lines(path):
+        on_bytes(len(line))
+        row = parse_line(line, f"{path}:{number}")
+        if row is not None:
+            empty = False
+            yield number, row
+    if empty:
+        raise InputError(f"{path} is empty: it holds no row")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of a file, without its byte order mark."""
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}; give a JSON lines file with --data_path")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def parse_line(line: bytes, where: str) -> dict | None:
+    """The JSON object of a line, None for a blank one."""
+    try:
+        text = line.decode("utf-8")
+        if not text.strip():
+            return None
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not a whole JSON object ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+    return row
+
+
+def row_text(row: dict, where: str) -> str:
+    """The text of a pretraining row."""
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where}: a pretraining row needs a non-empty "text", this one has the keys {sorted(row)}')
+    return text
+
+
+def row_conversation(row: dict, where: str) -> list[dict]:
+    """The turns of a chat row, validated."""
+    if "conversations" not in row:
+        raise InputError(f'{where}: a chat row needs "conversations", this one has the keys {sorted(row)}')
+    validate_conversation(row["conversations"], where=where)
+    return row["conversations"]
+
+
+class Encoded(NamedTuple):
+    """One document: ids (n,), and 1 where the token is a target (None: all are)."""
+
+    ids: list[int]
+    is_target: list[bool] | None
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
+    """Pretraining documents: <|im_start|> text <|im_end|>, each once even where the text brings its own."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    documents = []
+    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        ids = encoding.ids
+        ids = ids if ids[:1] == [bos] else [bos, *ids]
+        documents.append(Encoded(ids if ids[-1:] == [eos] else [*ids, eos], None))
+    return documents
+
+
+def fit_conversation(encoded: EncodedConversation, max_seq_len: int) -> Encoded | None:
+    """Cut a conversation to max_seq_len tokens: after its last whole exchange that fits, else inside its first answer.
+
+    An answer that is cut has no end token, so that nobody learns to stop in mid-sentence. None if no target is left.
+    """
+    ids, labels, turn_ends = encoded
+    if len(ids) > max_seq_len:
+        ends = [end for end in turn_ends if end <= max_seq_len and any(label != IGNORED for label in labels[:end])]
+        cut = max(ends, default=max_seq_len)
+        ids, labels = ids[:cut], labels[:cut]
+    is_target = [label != IGNORED for label in labels]
+    return Encoded(ids, is_target) if any(is_target) else None
+
+
+def encode_chats(tokenizer, conversations: list[list[dict]], max_seq_len: int) -> list[Encoded | None]:
+    """Conversations rendered by the chat template, cut to max_seq_len; the targets are the assistant's words."""
+    return [fit_conversation(encoded, max_seq_len) for encoded in encode_conversations(tokenizer, conversations)]
+
+
+class TokenCache:
+    """Token ids of all documents of a file: ids (N,) and targets (N,) memory-mapped, bounds (documents + 1,), and the
+    line of the file that each came from, (documents,)."""
+
+    def __init__(self, folder: Path):
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.ids = np.memmap(folder / "ids.bin", dtype=self.meta["dtype"], mode="r")
+        self.targets = np.memmap(folder / "targets.bin", dtype=bool, mode="r") if self.meta["masked"] else None
+        self.bounds = np.load(folder / "bounds.npy")
+        self.lines = np.load(folder / "lines.npy")
+
+
+def file_hash(path: str | Path) -> str:
+    """BLAKE2b of a file's content, 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenize_file(
+    path: Path, tokenizer, cache_dir: Path, settings: str, check_row: Callable, encode: Callable, masked: bool
+) -> TokenCache:
+    """Validate and tokenise every row of a file once, or open what an earlier run has left in cache_dir."""
+    if not path.is_file():
+        next(read_jsonl(path))  # raises the sentence that fits
+    data_hash = file_hash(path)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    key = hashlib.blake2b(f"{FORMAT_VERSION}|{data_hash}|{settings}|{vocabulary}".encode(), digest_size=16).hexdigest()
+    folder = cache_dir / key
+    if (folder / "meta.json").is_file():
+        return TokenCache(folder)
+    scratch = cache_dir / f"{key}.{os.getpid()}.tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+        meta = {"dtype": dtype.name, "masked": masked, "data_path": str(path), "data_hash": data_hash}
+        counts = write_documents(path, tokenizer, scratch, dtype, check_row, encode, masked)
+        (scratch / "meta.json").write_text(json.dumps(meta | counts))
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was faster: its files are the same
+            if not (folder / "meta.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return TokenCache(folder)
+
+
+def write_documents(
+    path: Path, tokenizer, folder: Path, dtype: np.dtype, check_row: Callable, encode: Callable, masked: bool
+) -> dict[str, int]:
+    """Stream a file through the tokenizer into folder; return how many documents were kept, shortened and skipped."""
+    bounds, lines, skipped = array("q", [0]), array("q"), 0
+    with (
+        open(folder / "ids.bin", "wb") as ids_file,
+        open(folder / "targets.bin", "wb") as targets_file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenising {path.name}", disable=None) as bar,
+    ):
+        rows = read_jsonl(path, on_bytes=bar.update)
+        while batch := [(number, check_row(row, f"{path}:{number}")) for number, row in islice(rows, ROWS_PER_READ)]:
+            numbers, contents = zip(*batch, strict=True)
+            for number, document in zip(numbers, encode(tokenizer, list(contents)), strict=True):
+                if document is None:
+                    skipped += 1
+                    continue
+                ids_file.write(np.asarray(document.ids, dtype).tobytes())
+                if masked:
+                    targets_file.write(np.asarray(document.is_target, bool).tobytes())
+                bounds.append(bounds[-1] + len(document.ids))
+                lines.append(number)
+    if len(bounds) == 1:
+        raise InputError(f"{path}: no row is left with anything to learn at this --max_seq_len")
+    np.save(folder / "bounds.npy", np.frombuffer(bounds, dtype=np.int64))
+    np.save(folder / "lines.npy", np.frombuffer(lines, dtype=np.int64))
+    return {"documents": len(bounds) - 1, "skipped": skipped, "tokens": bounds[-1]}
+
+
+def pack_rows(lengths: np.ndarray, capacity: int, window: int = 128) -> list[list[int]]:
+    """Bin packing: lengths (n,), none above capacity -> the numbers of the pieces of each row.
+
+    A row takes the piece that has waited longest, then the subset of the next `window` waiting pieces that fills it
+    best: a subset-sum whose reachable sums are the bits of one integer. Time grows with n alone, and the rows come
+    out as mixed as the pieces went in.
+    """
+    sizes, rows = lengths.tolist(), []
+    coming = iter(range(len(sizes)))
+    waiting = list(islice(coming, window))
+    while waiting:
+        reachable = [1 << sizes[waiting[0]]]  # bit s of reachable[j]: some subset of waiting[:j + 1] sums to s
+        for piece in waiting[1:]:
+            if reachable[-1] >> capacity:  # an exact fit
+                break
+            sums = reachable[-1] | reachable[-1] << sizes[piece]
+            reachable.append(sums & ((2 << capacity) - 1))
+        total, taken = reachable[-1].bit_length() - 1, []
+        for place in range(len(reachable) - 1, 0, -1):
+            if not reachable[place - 1] >> total & 1:
+                total -= sizes[waiting[place]]
+                taken.append(waiting.pop(place))
+        rows.append([waiting.pop(0), *reversed(taken)])
+        waiting += islice(coming, window - len(waiting))
+    return rows
+
+
+class PackedDataset(Dataset):
+    """Rows of max_seq_len tokens from a token cache, in an order that set_epoch draws from (seed, epoch).
+
+    packing=False gives one document a row, padded to max_seq_len: the plain way, kept to compare with.
+    """
+
+    def __init__(self, cache: TokenCache, max_seq_len: int, pad_id: int, packing: bool = True, seed: int = 0):
+        self.cache, self.max_seq_len, self.pad_id, self.packing, self.seed = cache, max_seq_len, pad_id, packing, seed
+        # A document longer than a row is cut into pieces of max_seq_len: starts and lengths of all pieces, (pieces,).
+        lengths = np.diff(cache.bounds)
+        per_document = -(-lengths // max_seq_len)
+        document = np.repeat(np.arange(len(lengths)), per_document)
+        nth = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        self.piece_lines = cache.lines[document]
+        self.piece_starts = cache.bounds[:-1][document] + nth * max_seq_len
+        self.piece_lengths = np.minimum(lengths[document] - nth * max_seq_len, max_seq_len)
+        shuffled = np.random.default_rng([seed]).permutation(len(document))
+        rows = pack_rows(self.piece_lengths[shuffled], max_seq_len) if packing else [[i] for i in range(len(document))]
+        self.pieces = shuffled[np.fromiter(chain.from_iterable(rows), np.int64)]  # piece numbers, row after row
+        self.row_bounds = np.cumsum([0, *map(len, rows)])
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of the rows. What shares a row stays: documents do not see each other."""
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+
+    def pieces_of(self, index: int) -> np.ndarray:
+        """The numbers of the pieces in the index-th row of this epoch."""
+        row = self.order[index]
+        return self.pieces[self.row_bounds[row] : self.row_bounds[row + 1]]
+
+    def __len__(self) -> int:
+        return len(self.row_bounds) - 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        input_ids = np.full(self.max_seq_len, self.pad_id, np.int64)
+        labels = np.full(self.max_seq_len, IGNORED, np.int64)
+        attention_mask = np.zeros(self.max_seq_len, np.int64)
+        begin = 0
+        for number, piece in enumerate(self.pieces_of(index), start=1):
+            source = slice(self.piece_starts[piece], self.piece_starts[piece] + self.piece_lengths[piece])
+            place = slice(begin, begin + self.piece_lengths[piece])
+            input_ids[place] = self.cache.ids[source]
+            targets = True if self.cache.targets is None else self.cache.targets[source]
+            labels[place] = np.where(targets, input_ids[place], IGNORED)
+            labels[begin] = IGNORED  # nothing stands before it
+            attention_mask[place] = number
+            begin = place.stop
+        row = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        return {name: torch.from_numpy(values) for name, values in row.items()}
+
+    def padding_share(self) -> float:
+        """Share of the tokens of an epoch that are padding."""
+        return 1 - self.piece_lengths.sum() / (len(self) * self.max_seq_len)
+
+    def describe(self, index: int) -> str:
+        """Where the documents of a row come from: "file:line, line"."""
+        lines = dict.fromkeys(self.piece_lines[self.pieces_of(index)].tolist())
+        return f"{self.cache.meta['data_path']}:" + ", ".join(map(str, lines))
+
+    @property
+    def data_hash(self) -> str:
+        return self.cache.meta["data_hash"]
+
+
+class PretrainDataset(PackedDataset):
+    """{"text": ...} rows; every token but a document's first is a target."""
+
+    def __init__(self, path, tokenizer, max_seq_len: int, cache_dir, packing: bool = True, seed: int = 0):
+        cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), "pretrain", row_text, encode_texts, masked=False)
+        super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
+
+
+class SFTDataset(PackedDataset):
+    """{"conversations": ...} rows; the targets are the assistant's turns with their end tokens."""
+
+    def __init__(self, path, tokenizer, max_seq_len: int, cache_dir, packing: bool = True, seed: int = 0):
+        def encode(tokenizer, conversations):
+            return encode_chats(tokenizer, conversations, max_seq_len)
+
+        settings = f"sft {max_seq_len}"
+        cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_conversation, encode, masked=True)
+        super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
+        if skipped := cache.meta["skipped"]:
+            print(
+                f"{path}: {skipped} conversations have no answer within {max_seq_len} tokens and are left out",
+                file=sys.stderr,
+            )
+
+
+def token_byte_counts(tokenizer) -> torch.Tensor:
+    """Bytes of text that each token stands for, (V,) int64; special tokens stand for none.
+
+    In a byte-level vocabulary each character of a token's name is one byte.
+    """
+    special = set(tokenizer.all_special_ids)
+    added = tokenizer.get_added_vocab()
+    counts = torch.zeros(len(tokenizer), dtype=torch.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in special:
+            counts[index] = len(token.encode()) if token in added else len(token)
+    return counts

@@ -1,0 +1,44 @@
+"""Errors that a user can mend, and the one way in which every script ends because of them."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Bad data, files or weights: one sentence that says what is wrong, where, and what to do."""
+
+
+class UsageError(InputError):
+    """Flags that cannot go together: reported like an argparse error, exit code 2."""
+
+
+def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """Run main(parse_args()); end with one sentence and exit code 1 (data, files), 2 (usage) or 130 (Ctrl-C).
+
+    Programming errors keep their traceback; --debug keeps it for every error.
+    """
+    args = parse_args()
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        if getattr(args, "debug", False):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def describe(error: Exception) -> str:
+    """One sentence for an InputError or an OSError, with the file that it is about."""
+    if not isinstance(error, OSError):
+        return str(error)
+    advice = {
+        errno.ENOSPC: "the disk is full: free some space or choose another --out_dir",
+        errno.EACCES: "permission denied: choose another place or change its permissions",
+        errno.EROFS: "read-only file system: choose another --out_dir",
+        errno.ENOENT: "no such file or folder",
+    }.get(error.errno, error.strerror or str(error))
+    return f"{error.filename}: {advice}" if error.filename else advice

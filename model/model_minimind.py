@@ -1,0 +1,570 @@
+"""The MiniMind language model in one file: RMSNorm, rotary positions, grouped-query attention, SwiGLU, experts, loss.
+
+It computes what Llama computes (dense weights give the same logits) and is a transformers model: `generate`,
+`save_pretrained`, `from_pretrained`, peft and trl work on it.
+
+Shapes:  B batch   T tokens of this call   S cached + current tokens   D hidden   I intermediate   V vocabulary
+         H query heads   K key/value heads   d = D / H head width   E routed experts   N = B * T
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .LMConfig import MiniMindConfig
+
+
+@dataclass
+class MiniMindModelOutput(BaseModelOutputWithPast):
+    """last_hidden_state (B, T, D); with experts also aux_loss (scalar) and expert_load (layers, E)."""
+
+    aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+@dataclass
+class MiniMindOutput(CausalLMOutputWithPast):
+    """loss: mean of token_losses over the targets, never with aux_loss in it; token_losses (B, T) float32.
+
+    aux_loss: balance loss of the experts, times aux_loss_alpha, summed over layers; expert_load (layers, E): how many
+    real tokens each expert got. Both None for a dense model.
+    """
+
+    token_losses: Tensor | None = None
+    aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision that matrix products of this tensor run in: autocast's where it is on."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norm and positions
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension: (..., D) -> (..., D), in the precision of the matrix products.
+
+    The norm is taken in float32. Its result is cast here, once: left to autocast, each projection that reads it would
+    cast it again.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        x = x.float()
+        mean_square = (x * x).sum(dim=-1, keepdim=True) / x.shape[-1]  # cheaper backward than x.square().mean(-1)
+        return (x * torch.rsqrt(mean_square + self.eps)).to(dtype) * self.weight.to(dtype)
+
+
+def document_numbers(attention_mask: Tensor) -> Tensor:
+    """The document each place belongs to, holes and padding behind it included: (B, S) -> (B, S)."""
+    return attention_mask.cummax(dim=-1).values
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Running count of the real tokens within their own document, from 0: (B, S) -> (B, S)."""
+    real = (attention_mask > 0).long()
+    count = real.cumsum(dim=-1)  # real tokens of the row up to this place
+    documents = document_numbers(attention_mask)
+    opens = documents != F.pad(documents, (1, -1), value=0)
+    before = ((count - real) * opens).cummax(dim=-1).values  # real tokens before the own document
+    return (count - 1 - before).clamp(min=0)
+
+
+def visible_keys(attention_mask: Tensor, queries: int) -> Tensor:
+    """Boolean mask of the last `queries` places over all places: (B, S) -> (B, 1, T, S).
+
+    A place sees the real tokens of its own document that stand left of it, and itself. Padding sees something too (the
+    tokens or the padding before it), so that no row is empty; nobody reads what padding computes.
+    """
+    documents = document_numbers(attention_mask)
+    same = documents[:, -queries:, None] == attention_mask[:, None, :]  # (B, T, S)
+    return (same & causal_keys(queries, attention_mask.shape[-1], attention_mask.device)).unsqueeze(1)
+
+
+def causal_keys(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Boolean causal mask of the last `queries` of `keys` places: (T, S)."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def rotary_frequencies(config: MiniMindConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per position of each pair of a head, (d/2,), and the factor on cos and sin that YaRN asks for (else 1).
+
+    YaRN ("NTK by parts"): a pair that turns more than beta_fast times within the trained length knows its positions and
+    keeps its frequency; one that turns less than beta_slow times is slowed down by `factor`; a ramp lies between.
+    """
+    dim = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    yarn = config.yarn_parameters()
+    if yarn is None:
+        return frequencies, 1.0
+
+    def pair_with(turns: float) -> float:
+        """The (fractional) pair that turns so many times within the trained length."""
+        trained = yarn["original_max_position_embeddings"]
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_with(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_with(yarn["beta_slow"])), dim - 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    slowed = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)  # share of the slowed frequency, per pair
+    return frequencies * (1 - slowed) + frequencies / yarn["factor"] * slowed, yarn["attention_factor"]
+
+
+def rotary_tables(config: MiniMindConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of every position, alike for all heads: (B, T) -> two of (B, T, 1, d).
+
+    Computed in each forward: a table held as a non-persistent buffer would be garbage after `from_pretrained`.
+    """
+    frequencies, scale = rotary_frequencies(config, positions.device)
+    angles = positions[:, :, None, None].float() * frequencies  # (B, T, 1, d/2)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) = (x[i], x[i + d/2]) to (a cos - b sin, b cos + a sin): (B, T, H, d) -> (B, T, H, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention and feed-forward
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: each key/value head serves H / K query heads. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.flash = config.flash_attn
+        self.dropout = config.dropout
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj.feeds_residual = True  # for _init_weights
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        B, T, D = x.shape
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)  # (B, H, T, d)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, K, S, d)
+        dropout = self.dropout if self.training else 0.0
+        # Without a mask: a whole sequence is causal, a single token sees all that came before it.
+        causal = mask is None and T > 1
+        if self.flash:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
+            )
+        else:
+            out = plain_attention(q, k, v, mask, causal, dropout)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, written out: q (B, H, T, d), k, v (B, K, S, d), mask (B, 1, T, S) -> (B, H, T, d)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if causal:
+        mask = causal_keys(q.shape[2], k.shape[2], q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
+    return weights @ v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). (..., D) -> (..., D)."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.feeds_residual = True  # for _init_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoEFeedForward(nn.Module):
+    """Experts: y = sum over the chosen k routed experts of w_k E_k(x) + all shared experts. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D), real (B, T) bool, None if all are -> output (B, T, D), balance loss (scalar), load (E,)."""
+        with torch.autocast(x.device.type, enabled=False):  # a router in half precision flips close decisions
+            scores = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)  # (B, T, E)
+        weights, chosen = scores.topk(self.config.num_experts_per_tok, dim=-1)  # (B, T, k)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        tokens = x.flatten(0, 1)  # (N, D)
+        y = self.route(tokens, weights.flatten(0, 1).to(x.dtype), chosen.flatten(0, 1))
+        for expert in self.shared_experts:
+            y = y + expert(tokens)
+        aux_loss, load = balance_loss(scores, chosen, real, self.config)
+        return y.view_as(x), aux_loss, load
+
+    def route(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Each token through its experts, tokens sorted by expert: x (N, D), weights and chosen (N, k) -> (N, D)."""
+        on_cpu = x.device.type == "cpu"
+        if not on_cpu and not can_group(x, self.experts[0].gate_proj.weight):
+            return self.route_all(x, weights, chosen)
+        order = chosen.flatten().argsort(stable=True)  # (N k,)
+        counts = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(dim=1)  # (E,)
+        run = each_expert if on_cpu else grouped_experts
+        y = run(self.experts, x.index_select(0, order // chosen.shape[1]), counts)  # (N k, D)
+        y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # back in the order of tokens: (N, k, D)
+        return (y * weights[..., None]).sum(dim=1)
+
+    def route_all(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The same with every expert on every token: more work, but nothing has to be fetched from the device."""
+        shares = [(weights * (chosen == e)).sum(dim=1, keepdim=True) for e in range(len(self.experts))]
+        return sum(expert(x) * share for expert, share in zip(self.experts, shares, strict=True))
+
+
+def each_expert(experts: nn.ModuleList, x: Tensor, counts: Tensor) -> Tensor:
+    """x (N k, D) sorted by expert, counts (E,) -> (N k, D).
+
+    An expert without tokens runs on an empty slice, so that its gradient is zero and not None (DDP waits for it).
+    """
+    slices = x.split(counts.tolist())
+    return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
+
+
+def grouped_experts(experts: nn.ModuleList, x: Tensor, counts: Tensor) -> Tensor:
+    """The same as one product per matrix, with the slice borders left on the device."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+
+    def product(x: Tensor, name: str) -> Tensor:
+        weights = torch.stack([getattr(expert, name).weight for expert in experts]).to(x.dtype)  # (E, out, in)
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+
+    return product(F.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
+
+
+def can_group(x: Tensor, weight: Tensor) -> bool:
+    """Whether the grouped product exists for these tensors: bfloat16, rows of whole 16 bytes, compute capability 8."""
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None, config: MiniMindConfig) -> tuple[Tensor, Tensor]:
+    """alpha * sum_i f_i P_i of one layer, scalar, and the number of real tokens that each expert got, (E,).
+
+    scores (B, T, E), chosen (B, T, k), real (B, T). f_i = share of the choices that fell on expert i, times E: 1 each
+    when balanced; P_i = mean score of expert i. Per row and averaged over the rows (seq_aux), or over all tokens at
+    once. Padding counts nowhere.
+    """
+    weight = scores.new_ones(scores.shape[:2]) if real is None else real.to(scores.dtype)  # (B, T)
+    hits = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * weight[..., None]  # (B, T, E)
+    scores = scores * weight[..., None]
+    load = hits.sum(dim=(0, 1))
+    if config.seq_aux:
+        hits, mass, tokens = hits.sum(1), scores.sum(1), weight.sum(1)[:, None]  # (B, E), (B, E), (B, 1)
+    else:
+        hits, mass, tokens = load[None], scores.sum(dim=(0, 1))[None], weight.sum()[None, None]
+    share = hits * (config.n_routed_experts / config.num_experts_per_tok) / tokens.clamp(min=1)
+    per_row = (share * mass / tokens.clamp(min=1)).sum(-1)  # 0 for a row of padding only
+    rows = (tokens > 0).sum().clamp(min=1)
+    return config.aux_loss_alpha * per_row.sum() / rows, load
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class MiniMindBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then + feed-forward(norm(x)). (B, T, D) -> (B, T, D), balance loss, expert load."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        real: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values))
+        y = self.post_attention_layernorm(x)
+        y, aux_loss, load = self.mlp(y, real) if isinstance(self.mlp, MoEFeedForward) else (self.mlp(y), None, None)
+        return x + self.dropout(y), aux_loss, load
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know, and how weights start."""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MiniMindBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """
+        every linear layer, embedding, router    normal, std 0.02
+        o_proj, down_proj (add to the residual)  normal, std 0.02 / sqrt(2 * layers): the sum keeps its size
+        norm weights                             1
+        lm_head                                  is the embedding (tied)
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            shrink = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "feeds_residual", False) else 1.0
+            nn.init.normal_(module.weight, std=0.02 / shrink)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> MiniMindModelOutput:
+        """input_ids (B, T), attention_mask (B, S), position_ids (B, T) -> last_hidden_state (B, T, D).
+
+        attention_mask: 0 for padding, k >= 1 for a token of the k-th document of the row; it covers the cached tokens
+        too. Without position_ids, positions count the real tokens of each document. (B, 1, T, S) is taken as it is.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        T = x.shape[1]
+
+        mask = real = None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = attention_mask
+        elif attention_mask is not None:
+            if attention_mask.shape[1] != past + T:
+                raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, not {past} cached + {T}")
+            attention_mask = attention_mask.long()
+            mask = visible_keys(attention_mask, T)
+            real = attention_mask[:, -T:] > 0
+        elif past and T > 1:
+            mask = causal_keys(T, past + T, x.device)[None, None]
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = positions_from_mask(attention_mask)[:, -T:]
+            else:
+                position_ids = torch.arange(past, past + T, device=x.device)[None]
+
+        rotary = rotary_tables(self.config, position_ids, compute_dtype(x))
+        x = self.dropout(x)
+        aux_losses, loads = [], []
+        for layer in self.layers:
+            x, aux_loss, load = layer(x, rotary, mask=mask, real=real, past_key_values=past_key_values)
+            aux_losses.append(aux_loss)
+            loads.append(load)
+        moe = self.config.use_moe
+        return MiniMindModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            aux_loss=torch.stack(aux_losses).sum() if moe else None,
+            expert_load=torch.stack(loads) if moe else None,
+        )
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model: hidden states, logits, losses."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+        **transformers_keys,
+    ) -> MiniMindOutput | tuple:
+        """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
+
+        logits_to_keep: logits of the last so many tokens only (0: of all). return_logits=False: none, and the losses
+        are computed without ever holding (B, T, V) float32 numbers. num_items_in_batch replaces the number of targets
+        that `loss` is divided by. The other arguments are those of MiniMindModel.
+        """
+        refuse_unknown(transformers_keys)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        hidden = out.last_hidden_state
+        loss = token_losses = logits = None
+        if labels is not None:
+            token_losses, targets = next_token_losses(hidden, self.lm_head.weight, labels, attention_mask)
+            loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if return_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        result = MiniMindOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            token_losses=token_losses,
+            aux_loss=out.aux_loss,
+            expert_load=out.expert_load,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+def refuse_unknown(keys: dict) -> None:
+    """Accept what transformers passes along without meaning, raise TypeError for all else."""
+    harmless = {"cache_position"}  # says what attention_mask and the cache say already
+    for name, value in keys.items():
+        if name in harmless or (name in ("output_attentions", "output_hidden_states") and not value):
+            continue
+        raise TypeError(f"MiniMindForCausalLM.forward() does not take {name}={value!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """-log softmax(hidden W^T)[target] per token: hidden (N, D), weight (V, D), targets (N,) >= 0 -> (N,) float32.
+
+    Works through the tokens in chunks, with float32 logits of one chunk at a time in one buffer. Half-precision logits
+    are kept for the backward pass; float32 ones would be the copy that this class avoids and are computed again.
+    """
+
+    CHUNK = 1024
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        buffer = losses.new_empty(LinearCrossEntropy.CHUNK, len(weight))
+        kept = []
+        for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
+            part = slice(start, start + LinearCrossEntropy.CHUNK)
+            logits = hidden[part] @ weight.t()
+            logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
+            losses[part] = -logprobs.gather(-1, targets[part, None])[:, 0]
+            if logits.dtype != torch.float32:
+                kept.append(logits)
+        ctx.save_for_backward(hidden, weight, targets, *kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, Tensor, None]:
+        """d loss / d logits = softmax - one-hot(target), times the gradient of each token's loss."""
+        hidden, weight, targets, *kept = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        buffer = grad_weight.new_empty(LinearCrossEntropy.CHUNK, len(weight))
+        for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
+            part = slice(start, start + LinearCrossEntropy.CHUNK)
+            logits = kept.pop(0) if kept else hidden[part] @ weight.t()
+            grad = torch.softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
+            grad.scatter_add_(-1, targets[part, None], grad.new_full((len(grad), 1), -1.0))
+            grad = grad.mul_(grad_losses[part, None]).to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            if ctx.needs_input_grad[1]:
+                grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def next_token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-log p(labels[:, t] | what came before t), and the number of targets: hidden (B, T, D), weight (V, D) -> (B, T).
+
+    This is the one shift of labels. Token t is predicted from the last real token before it in its own document; where
+    there is none (t opens a document), where labels is -100 and on padding the loss is 0.
+    """
+    targets, source = shifted_targets(labels, attention_mask)
+    targets, source = targets.flatten(), source.flatten()
+    wanted = targets >= 0
+    dtype = compute_dtype(hidden)
+    hidden, weight = hidden.flatten(0, 1).to(dtype), weight.to(dtype)
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
+        places = wanted.nonzero()[:, 0]
+        losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places])
+        losses = torch.zeros(wanted.shape, device=losses.device).index_copy(0, places, losses)
+    else:
+        losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0)) * wanted
+    return losses.view(labels.shape), wanted.sum()
+
+
+def shifted_targets(labels: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What to predict (-100: nothing), and the flat index of the token that predicts it: (B, T) -> two of (B, T)."""
+    B, T = labels.shape
+    places = torch.arange(B * T, device=labels.device).view(B, T)
+    opens = torch.arange(T, device=labels.device).expand(B, T) == 0
+    if attention_mask is None or attention_mask.dim() != 2:
+        return labels.masked_fill(opens, -100), (places - 1).clamp(min=0)
+    mask = attention_mask[:, -T:].long()
+    documents = document_numbers(mask)
+    opens = opens | (documents != F.pad(documents, (1, -1), value=0))
+    last_real = torch.where(mask > 0, places, 0).cummax(dim=-1).values
+    return labels.masked_fill(opens | (mask == 0), -100), F.pad(last_real, (1, -1), value=0)

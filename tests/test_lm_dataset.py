@@ -1,0 +1,236 @@
+"""Packing, caching, truncation and the refusal of bad rows."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.chat import encode_conversation
+from dataset.lm_dataset import (
+    PretrainDataset,
+    SFTDataset,
+    fit_conversation,
+    pack_rows,
+    read_jsonl,
+    token_byte_counts,
+)
+from model.errors import InputError
+from model.LMConfig import MiniMindConfig
+from model.model_minimind import MiniMindForCausalLM
+
+TEXTS = [f"第{i}句话。" + "The quick brown fox jumps over the lazy dog. " * (i % 5) for i in range(40)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(question, answer):
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+
+
+@pytest.fixture
+def chats(tmp_path):
+    return write_rows(tmp_path / "chats.jsonl", [chat(f"问题{i}?", "答" * (i + 1)) for i in range(30)])
+
+
+def documents_of(dataset):
+    """All documents of an epoch as tuples of ids."""
+    found = []
+    for row in (dataset[i] for i in range(len(dataset))):
+        for number in range(1, int(row["attention_mask"].max()) + 1):
+            found.append(tuple(row["input_ids"][row["attention_mask"] == number].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_document_once_in_each_epoch(texts, tmp_path, tokenizer, packing):
+    dataset = PretrainDataset(texts, tokenizer, 256, tmp_path / "cache", packing)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    wanted = sorted((bos, *tokenizer(text, add_special_tokens=False).input_ids, eos) for text in TEXTS)
+    orders = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        orders.append(documents_of(dataset))
+        assert sorted(orders[-1]) == wanted
+    assert orders[0] != orders[1]
+    dataset.set_epoch(0)
+    assert documents_of(dataset) == orders[0]
+
+
+def test_long_document_is_cut_into_pieces_and_loses_nothing(texts, tmp_path, tokenizer):
+    dataset = PretrainDataset(texts, tokenizer, 16, tmp_path / "cache")
+    pieces = documents_of(dataset)
+    assert max(map(len, pieces)) == 16
+    assert sum(map(len, pieces)) == len(dataset.cache.ids)
+
+
+def test_labels_of_a_pretraining_row(texts, tmp_path, tokenizer):
+    dataset = PretrainDataset(texts, tokenizer, 128, tmp_path / "cache")
+    for row in (dataset[i] for i in range(len(dataset))):
+        mask, previous = row["attention_mask"], torch.nn.functional.pad(row["attention_mask"], (1, -1))
+        target = (mask > 0) & (mask == previous)
+        assert torch.equal(row["labels"], torch.where(target, row["input_ids"], -100))
+        assert (row["input_ids"][mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_labels_of_a_chat_row_are_those_of_the_conversation(chats, tmp_path, tokenizer):
+    dataset = SFTDataset(chats, tokenizer, 64, tmp_path / "cache")
+    wanted = {}
+    for _, row in read_jsonl(chats):
+        ids, labels, _ = encode_conversation(tokenizer, row["conversations"])
+        wanted[tuple(ids)] = labels
+    for row in (dataset[i] for i in range(len(dataset))):
+        for number in range(1, int(row["attention_mask"].max()) + 1):
+            inside = row["attention_mask"] == number
+            assert row["labels"][inside].tolist() == wanted.pop(tuple(row["input_ids"][inside].tolist()))
+    assert not wanted
+
+
+def test_packed_row_has_the_losses_of_its_documents_alone(texts, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer))
+    model = MiniMindForCausalLM(config).eval()
+    dataset = PretrainDataset(texts, tokenizer, 128, tmp_path / "cache")
+    row = next(row for row in (dataset[i] for i in range(len(dataset))) if row["attention_mask"].max() >= 3)
+    with torch.no_grad():
+        packed = model(**{key: value[None] for key, value in row.items()}).token_losses[0]
+        for number in range(1, int(row["attention_mask"].max()) + 1):
+            inside = row["attention_mask"] == number
+            ids = row["input_ids"][inside][None]
+            alone = model(ids, labels=ids).token_losses[0]
+            torch.testing.assert_close(packed[inside], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_under_three_percent(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    rows = [chat("问" * int(n), "答" * int(m)) for n, m in rng.integers(1, 60, (600, 2))]
+    dataset = SFTDataset(write_rows(tmp_path / "f.jsonl", rows), tokenizer, 256, tmp_path / "cache")
+    assert dataset.padding_share() < 0.03
+    shares = [float((dataset[i]["attention_mask"] == 0).float().mean()) for i in range(len(dataset))]
+    assert np.mean(shares) == pytest.approx(dataset.padding_share())
+
+
+@pytest.mark.parametrize("low, high", [(1, 60), (20, 30), (60, 100), (100, 100), (1, 3)])
+def test_packing_takes_each_piece_once_never_overfills_and_wastes_little(low, high):
+    lengths = np.random.default_rng(1).integers(low, high + 1, 2000)
+    rows = pack_rows(lengths, 100)
+    assert sorted(piece for row in rows for piece in row) == list(range(2000))
+    filled = [lengths[row].sum() for row in rows]
+    assert max(filled) <= 100
+    if low < 60:  # above, hardly two fit together
+        assert len(rows) <= 1.02 * lengths.sum() / 100 + 1
+
+
+def test_packing_finds_an_exact_fit():
+    assert [sorted(row) for row in pack_rows(np.array([60, 50, 30, 40, 20]), 100)] == [[0, 3], [1, 2, 4]]
+
+
+def test_conversation_is_cut_after_a_whole_exchange(tokenizer):
+    turns = chat("一?", "甲乙丙")["conversations"] + chat("二?", "丁" * 300)["conversations"]
+    encoded = encode_conversation(tokenizer, turns)
+    kept = fit_conversation(encoded, len(encoded.ids) - 1)
+    first, _, _ = encode_conversation(tokenizer, turns[:2])
+    question_end = encoded.turn_ends[-2]  # the second question fits too and does no harm
+    assert kept.ids in (first, encoded.ids[:question_end])
+    assert kept.ids[: len(first)] == first and kept.is_target == [
+        label != -100 for label in encoded.labels[: len(kept.ids)]
+    ]
+
+
+def test_an_answer_longer_than_a_row_keeps_its_beginning_without_an_end_token(tokenizer):
+    encoded = encode_conversation(tokenizer, chat("一?", "丁" * 300)["conversations"])
+    kept = fit_conversation(encoded, 64)
+    assert len(kept.ids) == 64 and kept.is_target[-1] and kept.ids[-1] != tokenizer.eos_token_id
+    assert fit_conversation(encode_conversation(tokenizer, chat("问" * 300, "丁")["conversations"]), 64) is None
+
+
+def test_second_run_reads_the_cache(texts, tmp_path, tokenizer, monkeypatch):
+    first = PretrainDataset(texts, tokenizer, 64, tmp_path / "cache")
+    monkeypatch.setattr("dataset.lm_dataset.write_documents", None)
+    second = PretrainDataset(texts, tokenizer, 64, tmp_path / "cache")
+    assert np.array_equal(first.cache.ids, second.cache.ids)
+    assert isinstance(second.cache.ids, np.memmap)
+
+
+def test_changed_file_is_tokenised_anew(texts, tmp_path, tokenizer):
+    before = len(PretrainDataset(texts, tokenizer, 64, tmp_path / "cache").cache.ids)
+    write_rows(texts, [{"text": "短"}])
+    assert len(PretrainDataset(texts, tokenizer, 64, tmp_path / "cache").cache.ids) < before
+
+
+def test_text_that_brings_its_own_end_tokens_gets_no_second_ones(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "f.jsonl", [{"text": "<|im_start|>你好<|im_end|>"}])
+    ids = PretrainDataset(path, tokenizer, 64, tmp_path / "cache").cache.ids.tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path, tokenizer):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n  \n{"text": "b"}')
+    dataset = PretrainDataset(path, tokenizer, 64, tmp_path / "cache")
+    assert len(dataset.cache.bounds) == 3
+    assert dataset.describe(0) in (f"{path}:1, 4", f"{path}:4, 1")
+
+
+BAD_PRETRAIN = {
+    "half a line": (b'{"text": "ok"}\n{"text": "br', ":2", "not a whole JSON object"),
+    "not utf-8": (b'{"text": "ok"}\n{"text": "\xff\xfe"}\n', ":2", "UTF-8"),
+    "a list": (b'["text"]\n', ":1", "JSON object"),
+    "null": (b"null\n", ":1", "JSON object"),
+    "no text": (b'{"txt": "x"}\n', ":1", '"text"'),
+    "text is a number": (b'{"text": 3}\n', ":1", '"text"'),
+    "blank text": (b'{"text": "  "}\n', ":1", '"text"'),
+    "empty file": (b"", "", "empty"),
+    "only blank lines": (b"\n\n", "", "empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PRETRAIN)
+def test_bad_pretraining_rows_are_named(name, tmp_path, tokenizer):
+    content, line, words = BAD_PRETRAIN[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        PretrainDataset(path, tokenizer, 64, tmp_path / "cache")
+    assert f"{path}{line}" in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-made is left
+
+
+BAD_CHATS = {
+    "wrong role": {"conversations": [{"role": "robot", "content": "x"}]},
+    "no assistant": {"conversations": [{"role": "user", "content": "x"}]},
+    "no conversations": {"messages": []},
+    "not a list": {"conversations": "x"},
+    "content missing": {"conversations": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chat_rows_are_named(name, tmp_path, tokenizer):
+    path = write_rows(tmp_path / "bad.jsonl", [chat("a", "b"), BAD_CHATS[name]])
+    with pytest.raises(InputError) as error:
+        SFTDataset(path, tokenizer, 64, tmp_path / "cache")
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_missing_file_and_folder(tmp_path, tokenizer):
+    with pytest.raises(InputError, match="does not exist"):
+        PretrainDataset(tmp_path / "none.jsonl", tokenizer, 64, tmp_path)
+    with pytest.raises(InputError, match="is a folder"):
+        PretrainDataset(tmp_path, tokenizer, 64, tmp_path)
+
+
+def test_token_bytes_add_up_to_the_text(tokenizer):
+    text = "深度学习 deep learning 123 🙂\n<think>"
+    counts = token_byte_counts(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert counts[ids].sum() == len(text.encode())
+    assert counts[tokenizer.all_special_ids].sum() == 0

@@ -1,0 +1,90 @@
+"""MuonAdamW against torch's own Muon and AdamW, and which parameter goes where."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.LMConfig import MiniMindConfig
+from model.model_minimind import MiniMindForCausalLM
+from trainer.optimizers import MuonAdamW, build_optimizer, newton_schulz
+
+SHAPES = [(16, 16), (16, 16), (8, 24), (24, 8)]
+
+
+def two_copies(shapes):
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return ours, [nn.Parameter(p.detach().clone()) for p in ours]
+
+
+def run_steps(ours, theirs, our_optimizer, their_optimizer, steps=5):
+    for _ in range(steps):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        our_optimizer.step()
+        their_optimizer.step()
+
+
+def test_muon_equals_torch_muon():
+    ours, theirs = two_copies(SHAPES)
+    optimizer = MuonAdamW([{"params": ours, "muon": True, "weight_decay": 0.1}], lr=0.02)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    run_steps(ours, theirs, optimizer, reference)
+    for p, q in zip(ours, theirs, strict=True):  # the orthogonalisation runs in bfloat16 in both
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)
+        assert (p - q).abs().mean() < 3e-4
+
+
+def test_adamw_equals_torch_adamw():
+    ours, theirs = two_copies([(7,), (5, 3)])
+    optimizer = MuonAdamW([{"params": ours, "weight_decay": 0.1}], lr=0.01)
+    reference = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    run_steps(ours, theirs, optimizer, reference)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (1, 16, 64), (3, 64, 16)])
+def test_newton_schulz_makes_singular_values_equal(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(newton_schulz(torch.randn(shape)).float())
+    assert values.max() < 1.35 and values.median() > 0.6
+
+
+def test_state_survives_a_round_trip():
+    ours, theirs = two_copies([(8, 8), (4,)])
+
+    def make(params):
+        return MuonAdamW([{"params": params[:1], "muon": True}, {"params": params[1:]}], lr=0.01)
+
+    first, second = make(ours), make(theirs)
+    run_steps(ours, theirs, first, second, steps=2)
+    restored = make(theirs)
+    restored.load_state_dict(second.state_dict())
+    run_steps(ours, theirs, first, restored, steps=2)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_each_parameter_is_in_one_group_and_only_matrices_decay(name, use_moe):
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, use_moe=use_moe)
+    model = MiniMindForCausalLM(config)
+    optimizer = build_optimizer(model, name, 1e-3, weight_decay=0.1)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for key, p in model.named_parameters():
+        group = group_of[id(p)]
+        inner_matrix = p.dim() == 2 and "embed" not in key
+        assert (group["weight_decay"] > 0) == inner_matrix, key
+        assert group.get("muon", False) == (name == "muon" and inner_matrix and not key.endswith("mlp.gate.weight")), (
+            key
+        )
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(model, "muon", 1e-3, 0.0)
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(model[1].weight)]

@@ -1,0 +1,114 @@
+"""Full supervised fine-tuning: next-token prediction on the assistant's words.
+
+    loss = - 1/N sum_t m_t log p(x_t | x_<t)      m_t = 1 on each assistant turn's content and its closing <|im_end|>
+                                                  N = sum of m_t over the whole optimizer step, all micro-batches
+
+The mask is built turn by turn while the conversation is rendered (dataset/chat.py), never by searching for tokens; to
+see what it covers: `python scripts/inspect_data.py FILE`. Conversations are packed into rows and see themselves alone.
+All weights train, from --from_weight (default: the pretrained ones).
+
+    python trainer/train_full_sft.py
+    python trainer/train_full_sft.py --data_path my_chats.jsonl --max_seq_len 1024
+    python trainer/train_full_sft.py --help
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import SFTDataset
+from model.errors import run_script
+from trainer.optimizers import build_optimizer
+from trainer.trainer_utils import (
+    Run,
+    build_model,
+    common_parser,
+    count_steps,
+    evaluate,
+    is_due,
+    learning_rate_at,
+    load_tokenizer,
+    maybe_compile,
+    resolve_data,
+    save,
+    set_learning_rate,
+    training_steps,
+)  # fmt: skip
+
+
+def answer_loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """- sum_t m_t log p(x_t | x_<t) in nats, m_t = labels are not -100; inputs: three of (B, T) -> scalar."""
+    return model(**inputs, return_logits=False).token_losses.sum()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(
+        __doc__, data="sft_mini_512.jsonl", from_weight="pretrain", epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Where and in which precision to compute
+    run = Run(args, "full_sft")
+
+    # 2. Tokenizer and the pretrained model
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = build_model(args, tokenizer, run)
+
+    # 3. Data: packed rows of whole conversations, labels on the answers
+    train_path, val_path = resolve_data(args, "sft_mini_512.jsonl", "sft.jsonl")
+    train_set, val_set = (
+        path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
+        for path in (train_path, val_path)
+    )
+    total_steps = count_steps(train_set, run)
+    run.describe(model, train_set, total_steps)
+
+    # 4. Optimizer
+    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
+    net = maybe_compile(model, run, total_steps)
+
+    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens
+    with run.save_on_interrupt(lambda: save(model, run, train_set)):
+        for step, window in training_steps(train_set, run, total_steps):
+            learning_rate = learning_rate_at(step, total_steps, run.learning_rate, args.warmup_ratio)
+            set_learning_rate(optimizer, learning_rate)
+
+            targets = sum(batch.targets for batch in window)
+            for batch in window:
+                with run.autocast():
+                    output = net(**batch.inputs, return_logits=False)
+                loss = output.token_losses.sum() / targets
+                run.add_loss(loss)
+                if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
+                    loss = loss + output.aux_loss / len(window)
+                run.scaler.scale(loss).backward()
+
+            run.scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            if run.accept_step(grad_norm, train_set, batch, output.token_losses):
+                run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            # 6. Log, evaluate, save
+            evaluating = is_due(step, args.eval_interval, total_steps)
+            if evaluating or step % args.log_interval == 0:
+                meters = {"loss": run.mean_loss(), "lr": learning_rate, "grad_norm": float(grad_norm)}
+                if evaluating and val_set:
+                    meters |= evaluate(model, val_set, run, answer_loss, tokenizer)
+                run.log(step, total_steps, meters)
+            if is_due(step, args.save_interval, total_steps):
+                path = save(model, run, train_set)
+
+    run.plot()
+    print(f"wrote {path}; try: python eval_model.py --model_mode 1 --weight {path}")
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
