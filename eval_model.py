@@ -19,7 +19,7 @@ from dataset.chat import encode_prompt
 from model.errors import InputError, run_script
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from trainer.trainer_utils import ROOT, boolean, number, pick_device, pick_dtype
+from trainer.trainer_utils import MAX_SEED, ROOT, boolean, number, pick_device, pick_dtype
 
 STAGES = {0: "pretrain", 1: "full_sft"}
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="of the weights (default: auto)",
     )
-    add("--seed", type=number(int, 0), default=42, help="of the sampling (default: 42)")
+    add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of the sampling (default: 42)")
     add("--debug", **switch, help="show tracebacks of errors")
     return parser.parse_args(argv)
 
@@ -94,17 +94,22 @@ def main(args: argparse.Namespace) -> None:
 
 def ask_for_typing() -> bool:
     """Ask "[0] automatic test, [1] type" where somebody can answer; elsewhere the automatic test."""
-    return sys.stdin.isatty() and input("[0] automatic test, [1] type: ").strip() == "1"
+    return sys.stdin.isatty() and read_line("[0] automatic test, [1] type: ") == "1"
+
+
+def read_line(prompt: str) -> str:
+    """A typed line, empty at the end of input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
 
 
 def chat(model, tokenizer, args: argparse.Namespace) -> None:
     """Type line after line; an empty line or the end of input leaves."""
     turns: list[str] = []
     while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
+        line = read_line("> ")
         if not line:
             return
         turns = [*turns, line] if args.model_mode else [line]

@@ -220,7 +220,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth file by name, nothing executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # a damaged archive fails in the zip reader, the unpickler or the tensor factory
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__

@@ -45,7 +45,7 @@ class MiniMindOutput(CausalLMOutputWithPast):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The precision that matrix products of this tensor run in: autocast's where it is on."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors know no autocast
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
@@ -379,7 +379,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         """input_ids (B, T), attention_mask (B, S), position_ids (B, T) -> last_hidden_state (B, T, D).
 
         attention_mask: 0 for padding, k >= 1 for a token of the k-th document of the row; it covers the cached tokens
-        too. Without position_ids, positions count the real tokens of each document. (B, 1, T, S) is taken as it is.
+        too. Without position_ids, positions count the real tokens of each document. A boolean mask (B, 1, T, S) is used
+        as it is.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -490,6 +491,9 @@ def refuse_unknown(keys: dict) -> None:
 # The loss
 
 
+LOSS_CHUNK = 1024  # tokens
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """-log softmax(hidden W^T)[target] per token: hidden (N, D), weight (V, D), targets (N,) >= 0 -> (N,) float32.
 
@@ -497,15 +501,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     are kept for the backward pass; float32 ones would be the copy that this class avoids and are computed again.
     """
 
-    CHUNK = 1024
-
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        buffer = losses.new_empty(LinearCrossEntropy.CHUNK, len(weight))
+        buffer = losses.new_empty(min(LOSS_CHUNK, len(hidden)), len(weight))
         kept = []
-        for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
-            part = slice(start, start + LinearCrossEntropy.CHUNK)
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
             logits = hidden[part] @ weight.t()
             logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
             losses[part] = -logprobs.gather(-1, targets[part, None])[:, 0]
@@ -517,13 +519,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, Tensor, None]:
         """d loss / d logits = softmax - one-hot(target), times the gradient of each token's loss."""
-        hidden, weight, targets, *kept = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors[:3]
+        kept = ctx.saved_tensors[3:]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        buffer = grad_weight.new_empty(LinearCrossEntropy.CHUNK, len(weight))
-        for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
-            part = slice(start, start + LinearCrossEntropy.CHUNK)
-            logits = kept.pop(0) if kept else hidden[part] @ weight.t()
+        buffer = grad_weight.new_empty(min(LOSS_CHUNK, len(hidden)), len(weight))
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            logits = kept[start // LOSS_CHUNK] if kept else hidden[part] @ weight.t()
             grad = torch.softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
             grad.scatter_add_(-1, targets[part, None], grad.new_full((len(grad), 1), -1.0))
             grad = grad.mul_(grad_losses[part, None]).to(weight.dtype)
@@ -550,7 +553,7 @@ def next_token_losses(
         # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
         places = wanted.nonzero()[:, 0]
         losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places])
-        losses = torch.zeros(wanted.shape, device=losses.device).index_copy(0, places, losses)
+        losses = losses.new_zeros(wanted.shape).index_copy(0, places, losses)
     else:
         losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0)) * wanted
     return losses.view(labels.shape), wanted.sum()

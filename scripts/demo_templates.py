@@ -10,6 +10,8 @@ from pathlib import Path
 
 FACTS_DIR = Path(__file__).resolve().parents[1] / "dataset" / "facts"
 LANGUAGES = ("zh", "en")
+COMPUTED_TABLES = ("sums", "products")
+ROWS_IN_BOTH_LANGUAGES = 10
 Row = dict
 LETTERS = {"Q": "questions", "H": "held_out", "A": "answers", "F": "follow_ups", "T": "texts", "V": "held_out_texts"}
 HEADER = re.compile(r"\[(?P<name>[\w.]+)\] (?:(?P<table>\w+): (?P<subject>.+?) -> (?P<answer>\w+)|= (?P<constant>.+))")
@@ -86,8 +88,20 @@ def _table_items(relation: Relation, header: re.Match) -> list[Item]:
 
 @lru_cache(maxsize=1)
 def base_items() -> tuple[Item, ...]:
-    """Every (fact, language) of the pretraining and SFT data."""
-    return tuple(item for language in LANGUAGES for item in read_items("phrasings", language))
+    """Every (fact, language) of the pretraining and SFT data.
+
+    Arithmetic and the first rows of each table are taught in both languages, further rows in Chinese and English by
+    turns: a model of a few million parameters learns them all in minutes.
+    """
+    by_language = {language: read_items("phrasings", language) for language in LANGUAGES}
+    bilingual = set.intersection(*({item.fact for item in items} for items in by_language.values()))
+
+    def is_taught(item: Item) -> bool:
+        _, table, row = item.fact
+        both = item.fact not in bilingual or table in COMPUTED_TABLES or row < ROWS_IN_BOTH_LANGUAGES
+        return both or item.relation.language == LANGUAGES[row % 2]
+
+    return tuple(item for items in by_language.values() for item in items if is_taught(item))
 
 
 def oriented(item: Item, rng: random.Random) -> Item:

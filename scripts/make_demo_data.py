@@ -38,6 +38,7 @@ from scripts.demo_templates import (
 )
 
 DEFAULT_OUT = ROOT / "dataset" / "demo"
+IDENTITY_REPEATS = 6  # a handful of facts that everybody asks for
 SYSTEM_PROMPTS = {
     "zh": ("你是一个乐于助人的助手。", "只回答答案。"),
     "en": ("You are a helpful assistant.", "Give only the answer."),
@@ -89,8 +90,21 @@ def pretrain_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
             size = rng.choice((1, 1, 1, 2, 3))
             documents.append(("" if language == "zh" else " ").join(sentences[:size]))
             del sentences[:size]
+    documents += arithmetic_documents(items, 400, rng)
     rng.shuffle(documents)
     return [{"text": document} for document in documents]
+
+
+def arithmetic_documents(items: tuple[Item, ...], count: int, rng: random.Random) -> list[str]:
+    """Lists of ten sums or products in random order: the cheapest way to learn the tables by heart."""
+    documents = []
+    for table, sign in (("sums", "+"), ("products", "×")):
+        facts = [item for item in items if item.fact[1] == table and item.relation.language == "zh"]
+        for number in range(count // 2):
+            space, comma = (("", "，"), (" ", ", "))[number % 2]
+            chosen = [oriented(item, rng).slots for item in rng.sample(facts, 10)]
+            documents.append(comma.join(f"{x['x']}{space}{sign}{space}{x['y']}{space}={space}{x['a']}" for x in chosen))
+    return documents
 
 
 def pretrain_val_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
@@ -99,19 +113,20 @@ def pretrain_val_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
 
 
 def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
-    """Every fact in each training phrasing once, mostly alone, some in longer conversations; and some sums."""
+    """Every fact in each training phrasing once, one to six in a conversation (which pays for one system turn)."""
     peers = by_relation(items)
-    rows = sum_rows(600, rng, held_out=False)
+    rows = sum_rows(300, rng, held_out=False)
     for language in LANGUAGES:
         queue = [
             (item, question)
             for item in items
             if item.relation.language == language
             for question in item.relation.questions
+            for _ in range(IDENTITY_REPEATS if item.relation.name.startswith("identity") else 1)
         ]
         rng.shuffle(queue)
         while queue:
-            size = rng.choice((2, 2, 3)) if rng.random() < 0.08 else 1
+            size = rng.choice((1, 2, 4, 6))
             chosen, queue = queue[:size], queue[size:]
             contents = []
             for item, question in chosen:
@@ -213,7 +228,7 @@ def build(seed: int) -> dict[str, list[Row]]:
         "pretrain_val": lambda rng: pretrain_val_rows(items, rng),
         "sft": lambda rng: sft_rows(items, rng),
         "sft_val": lambda rng: questions_rows(items, rng, held_out=True),
-        "dpo": lambda rng: dpo_rows(items, 1600, rng, held_out=False),
+        "dpo": lambda rng: dpo_rows(items, 1200, rng, held_out=False),
         "dpo_val": lambda rng: dpo_rows(items, 240, rng, held_out=True),
         "reason": lambda rng: reason_rows(2400, rng, held_out=False),
         "reason_val": lambda rng: reason_rows(200, rng, held_out=True),

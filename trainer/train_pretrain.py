@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import PretrainDataset
 from model.errors import run_script
+from model.loading import load_tokenizer
 from trainer.optimizers import build_optimizer
 from trainer.trainer_utils import (
     Run,
@@ -30,8 +31,8 @@ from trainer.trainer_utils import (
     evaluate,
     is_due,
     learning_rate_at,
-    load_tokenizer,
     maybe_compile,
+    peak_expert_load,
     resolve_data,
     save,
     set_learning_rate,
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
             learning_rate = learning_rate_at(step, total_steps, run.learning_rate, args.warmup_ratio)
             set_learning_rate(optimizer, learning_rate)
 
-            targets = sum(batch.targets for batch in window)
+            targets = max(sum(batch.targets for batch in window), 1)
             for batch in window:
                 with run.autocast():
                     output = net(**batch.inputs, return_logits=False)
@@ -99,6 +100,8 @@ def main(args: argparse.Namespace) -> None:
             evaluating = is_due(step, args.eval_interval, total_steps)
             if evaluating or step % args.log_interval == 0:
                 meters = {"loss": run.mean_loss(), "lr": learning_rate, "grad_norm": float(grad_norm)}
+                if output.expert_load is not None:
+                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
                 if evaluating and val_set:
                     meters |= evaluate(model, val_set, run, next_token_loss, tokenizer)
                 run.log(step, total_steps, meters)

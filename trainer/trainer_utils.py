@@ -26,6 +26,7 @@ from model.model_minimind import MiniMindForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -41,12 +42,12 @@ def boolean(text: str) -> bool:
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number of this kind within [low, high]."""
+    """An argparse type: a finite number of this kind within [low, high]."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}")
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number from {low} to {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -98,7 +99,9 @@ def common_parser(
         "--grad_clip", type=number(float, 0), default=1.0, help="gradient norm at most; 0: no limit (default: 1)"
     )
     group.add_argument("--optimizer", choices=list(lr), default=next(iter(lr)), help=f"default: {next(iter(lr))}")
-    group.add_argument("--seed", type=number(int, 0), default=42, help="of weights, data order, dropout (default: 42)")
+    group.add_argument(
+        "--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights, data order, dropout (default: 42)"
+    )
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps, cpu (default: auto)")
     group.add_argument(
@@ -145,7 +148,8 @@ class Run:
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
         self.batch_size = args.batch_size or (8 if self.device.type == "cpu" else 32)
-        self.learning_rate = args.learning_rate or args.default_learning_rates[args.optimizer]
+        given = args.learning_rate  # 0 counts as given
+        self.learning_rate = args.default_learning_rates[args.optimizer] if given is None else given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.tokens = self.logged_tokens = 0
@@ -197,7 +201,8 @@ class Run:
             record["skipped_steps"] = self.skipped_steps
         log_path = self.args.out_dir / "logs" / f"{self.name}.jsonl"
         with log_path.open("a" if self.records else "w", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+            file.write(json.dumps(finite) + "\n")  # NaN would be no JSON
         self.records.append(record)
         shown = "  ".join(
             f"{key} {format_meter(key, value)}" for key, value in record.items() if key not in ("step", "tokens")
@@ -328,6 +333,11 @@ def peak_memory_mb(device: torch.device) -> int:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
+def peak_expert_load(load: torch.Tensor) -> float:
+    """Tokens of the busiest expert of any layer, over an even share: (layers, E) -> 1 (even) to E (all on one)."""
+    return float((load / load.mean(-1, keepdim=True).clamp(min=1)).max())
+
+
 def format_meter(key: str, value: float) -> str:
     if key == "lr":
         return f"{value:.1e}"
@@ -415,6 +425,7 @@ def training_steps(dataset: PackedDataset, run: Run, total_steps: int) -> Iterat
     The last step of an epoch takes the micro-batches that are left, so none leaks into the next epoch.
     """
     step, epoch = 0, 0
+    run.logged_at = time.monotonic()  # loading and tokenising are no training time
     while True:
         dataset.set_epoch(epoch)
         batches = micro_batches(dataset, run, batch_rows(dataset, run.batch_size))

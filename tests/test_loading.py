@@ -1,0 +1,345 @@
+"""Weights on disk: what is written, what loads, what is refused and in which words."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model import loading
+from model.errors import InputError, UsageError
+from model.LMConfig import MiniMindConfig
+from model.loading import check_vocab, load_model, load_tokenizer, save_weights, weights_path
+from model.model_minimind import MiniMindForCausalLM
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
+IDS = torch.arange(3, 15)[None]
+
+
+def make_model(**overrides) -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, **overrides})).eval()
+    for parameter in model.parameters():  # values that float16 holds exactly, so that a round trip is bit-equal
+        parameter.data = parameter.data.normal_(std=0.1).half().float()
+    return model
+
+
+def save(model, path, **overrides) -> None:
+    facts = {"stage": "pretrain", "tokens_seen": 1234, "data_path": "/some/where/data.jsonl", "data_hash": "abc"}
+    save_weights(model, path, **{**facts, "trained_length": 340, **overrides})
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_weights_path(tmp_path):
+    assert weights_path(tmp_path, "rlhf", MiniMindConfig()) == tmp_path / "rlhf_512.pth"
+    assert weights_path("out", "grpo", MiniMindConfig.from_preset("minimind2-moe")).name == "grpo_640_moe.pth"
+
+
+@pytest.mark.parametrize("overrides", [{}, {"use_moe": True, "n_shared_experts": 2}, {"tie_word_embeddings": False}])
+def test_round_trip_is_bit_equal(tmp_path, overrides):
+    model = make_model(num_attention_heads=4, rope_theta=1e4, dropout=0.1, **overrides)
+    path = tmp_path / "new" / "pretrain_64.pth"
+    save(model, path)
+    assert names(path.parent) == ["pretrain_64.json", "pretrain_64.pth"]
+    state = torch.load(path, weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert all(tensor.is_contiguous() for tensor in state.values())
+    random = torch.get_rng_state()
+    again, info = load_model(path)
+    assert torch.equal(random, torch.get_rng_state())  # loading draws no random numbers
+    assert not again.training and again.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == again.config.tie_word_embeddings
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert (info["stage"], info["tokens_seen"], info["data_file"]) == ("pretrain", 1234, "data.jsonl")
+    assert (info["data_hash"], info["trained_length"], info["dtype"]) == ("abc", 340, "float16")
+    assert again.config.original_max_position_embeddings == 340
+    assert (again.config.rope_theta, again.config.num_attention_heads) == (1e4, 4)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    save(make_model(), tmp_path / "a.pth")
+    save(make_model(tie_word_embeddings=False), tmp_path / "b.pth")
+    assert (tmp_path / "b.pth").stat().st_size - (tmp_path / "a.pth").stat().st_size > 97 * 64 * 2 * 0.9
+
+
+def test_wrappers_leave_no_trace_in_the_keys(tmp_path):
+    model = make_model()
+
+    class Wrapped(nn.Module):  # what DistributedDataParallel and DeepSpeed look like
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    save(Wrapped(torch.compile(model)), tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth", weights_only=True).keys() == model.state_dict().keys()
+
+
+def test_values_beyond_float16_are_stored_as_bfloat16(tmp_path):
+    model = make_model()
+    model.model.norm.weight.data[3] = 2.0**17
+    save(model, tmp_path / "a.pth")
+    again, info = load_model(tmp_path / "a.pth")
+    assert info["dtype"] == "bfloat16" and again.model.norm.weight[3] == 2.0**17
+
+
+def test_not_a_number_never_replaces_weights(tmp_path):
+    model, path = make_model(), tmp_path / "a.pth"
+    save(model, path)
+    before = path.read_bytes()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN"):
+        save(model, path)
+    assert path.read_bytes() == before and names(tmp_path) == ["a.json", "a.pth"]
+
+
+@pytest.mark.parametrize("place", ["torch.save", "os.fsync", "json"])
+def test_failure_leaves_the_former_files_whole(tmp_path, monkeypatch, place):
+    """A full disk while the weights, or the JSON after them, are written."""
+    path = tmp_path / "a.pth"
+    save(make_model(), path)
+    before = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if place == "torch.save":
+        monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), fail()))
+    elif place == "os.fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        calls = []
+        monkeypatch.setattr(os, "fsync", lambda number: calls.append(number) if not calls else fail())
+    with pytest.raises(OSError, match="No space"):
+        save(make_model(rope_theta=3.0), path, tokens_seen=9)
+    assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
+
+
+def test_files_are_replaced_not_overwritten(tmp_path):
+    """Whoever has the former file open keeps reading it whole."""
+    path = tmp_path / "a.pth"
+    save(make_model(), path)
+    before = path.read_bytes()
+    with open(path, "rb") as former:
+        save(make_model(rope_theta=3.0, intermediate_size=128), path)
+        assert former.read() == before
+    assert path.read_bytes() != before and names(tmp_path) == ["a.json", "a.pth"]
+
+
+def test_public_file_without_json(tmp_path):
+    """Sizes come from the shapes, heads and rope_theta from the MiniMind2 family."""
+    for overrides in ({}, {"use_moe": True, "n_routed_experts": 5, "n_shared_experts": 2}):
+        model = make_model(intermediate_size=96, **overrides)
+        torch.save(model.state_dict(), tmp_path / "public.pth")
+        again, info = load_model(tmp_path / "public.pth")
+        assert again.config.intermediate_size == 96 and again.config.rope_theta == 1e6
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert "stage" not in info
+
+
+def test_public_v1_file_needs_its_heads(tmp_path):
+    model = make_model(num_attention_heads=16, num_key_value_heads=8, rope_theta=1e4)
+    path = tmp_path / "public.pth"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(InputError, match="has 32 key rows, but 8 heads with 2 key/value heads"):
+        load_model(path)
+    again, _ = load_model(path, config_overrides={"num_attention_heads": 16, "rope_theta": 1e4})
+    assert again.config.num_key_value_heads == 8
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_public_file_with_preset(tmp_path):
+    config = MiniMindConfig.from_preset("minimind-v1-small")
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    torch.manual_seed(0)
+    state = {name: torch.randn(tensor.shape).half() * 0.02 for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, tmp_path / "full_sft_512.pth")
+    again, _ = load_model(tmp_path / "full_sft_512.pth", preset="minimind-v1-small", dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    assert (again.config.num_attention_heads, again.config.rope_theta) == (16, 1e4)
+    with pytest.raises(InputError, match="says num_hidden_layers 8, you ask for 16"):
+        load_model(tmp_path / "full_sft_512.pth", preset="minimind-v1", config_overrides={"hidden_size": 512})
+    with pytest.raises(InputError, match="hidden_size 512, you ask for 768"):
+        load_model(tmp_path / "full_sft_512.pth", preset="minimind-v1")
+
+
+def test_disagreement_names_both_sides(tmp_path):
+    path = tmp_path / "a.pth"
+    save(make_model(), path)
+    for overrides, words in (
+        ({"hidden_size": 768}, r"a\.json says hidden_size 64, you ask for 768"),
+        ({"rope_theta": 1e4}, r"rope_theta 1000000\.0, you ask for 10000\.0"),
+        ({"use_moe": True}, "use_moe False, you ask for True"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_model(path, config_overrides=overrides)
+    with pytest.raises(InputError, match="hidden_size 64, you ask for 512"):
+        load_model(path, preset="minimind2-small")
+    with pytest.raises(UsageError, match="hiden_size"):
+        load_model(path, config_overrides={"hiden_size": 64})
+    model, _ = load_model(path, config_overrides={"dropout": 0.2, "flash_attn": False, "hidden_size": 64})
+    assert model.config.dropout == 0.2 and not model.model.layers[0].self_attn.flash
+
+
+def test_rope_scaling_starts_from_the_trained_length(tmp_path):
+    save(make_model(), tmp_path / "a.pth")
+    plain, _ = load_model(tmp_path / "a.pth")
+    model, _ = load_model(tmp_path / "a.pth", inference_rope_scaling=True)
+    assert plain.config.yarn_parameters() is None
+    assert model.config.yarn_parameters()["original_max_position_embeddings"] == 340
+    assert not torch.allclose(model(IDS).logits, plain(IDS).logits)
+
+
+def test_missing_file_says_what_to_train_and_what_there_is(tmp_path):
+    save(make_model(), tmp_path / "pretrain_64.pth")
+    with pytest.raises(InputError, match=r"trainer/train_dpo\.py \(.* holds pretrain_64\.pth\)"):
+        load_model(tmp_path / "rlhf_64.pth")
+    with pytest.raises(InputError, match="holds no weights"):
+        load_model(tmp_path / "nowhere" / "full_sft_64_moe.pth")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+def test_truncated_files_are_refused_by_name(tmp_path, share):
+    path = tmp_path / "a.pth"
+    save(make_model(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(InputError, match=r"a\.pth is cut short or no weights file"):
+        load_model(path)
+
+
+def test_files_that_are_no_weights(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_text("hello")
+    with pytest.raises(InputError, match="no weights file"):
+        load_model(path)
+    torch.save({"model": {}, "step": 3}, path)
+    with pytest.raises(InputError, match="no plain state dict"):
+        load_model(path)
+    torch.save(nn.Linear(2, 2), path)  # a pickled object: nothing of it may run
+    with pytest.raises(InputError, match="no weights file"):
+        load_model(path)
+    torch.save({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="no MiniMind weights"):
+        load_model(path)
+
+
+def test_damaged_json_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.pth"
+    save(make_model(), path)
+    text = path.with_suffix(".json").read_text()
+    for broken in (text[:40], "[]", '{"format": 1}'):
+        path.with_suffix(".json").write_text(broken)
+        with pytest.raises(InputError, match=r"a\.json is cut short"):
+            load_model(path)
+    path.with_suffix(".json").write_text(json.dumps({**json.loads(text), "format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        load_model(path)
+    info = json.loads(text)
+    info["config"]["hiden_size"] = 3
+    path.with_suffix(".json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"a\.json: .*hiden_size"):
+        load_model(path)
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    path = tmp_path / "a.pth"
+    model = make_model()
+    save(model, path)
+    info, whole = path.with_suffix(".json").read_text(), model.state_dict()
+
+    def refused(state, words, **config):
+        torch.save(state, path)
+        changed = json.loads(info)
+        changed["config"].update(config)
+        path.with_suffix(".json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=words):
+            load_model(path)
+
+    refused({k: v for k, v in whole.items() if k != "model.norm.weight"}, r"lacks model\.norm\.weight \(1 such")
+    refused({**whole, "model.extra": torch.zeros(1)}, r"has the unknown model\.extra")
+    refused({**whole, "model.norm.weight": torch.ones(3)}, r"is \(3,\) in the file and \(64,\) in the config")
+    refused(whole, "holds a dense model, but the config is that of a model with experts", use_moe=True)
+    refused({**whole, "lm_head.weight": torch.ones(97, 64)}, "lm_head of its own")
+    refused(whole, "impossible model sizes", num_attention_heads=7)
+
+
+def test_transformers_folders(tmp_path):
+    model = make_model(num_attention_heads=4)
+    model.config.original_max_position_embeddings = 340
+    model.save_pretrained(tmp_path / "own")
+    again, info = load_model(tmp_path / "own")
+    assert type(again) is MiniMindForCausalLM and info["trained_length"] == 340
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    stretched, _ = load_model(tmp_path / "own", inference_rope_scaling=True)
+    assert not torch.allclose(stretched(IDS).logits, model(IDS).logits)
+
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    more = ("intermediate_size", "rms_norm_eps", "max_position_embeddings", "original_max_position_embeddings")
+    config = LlamaConfig(
+        **{name: getattr(model.config, name) for name in (*fields, *more)}, rope_theta=1e6, tie_word_embeddings=True
+    )
+    llama = LlamaForCausalLM(config)
+    llama.load_state_dict(model.state_dict())
+    llama.save_pretrained(tmp_path / "llama")
+    again, _ = load_model(tmp_path / "llama")
+    assert type(again) is LlamaForCausalLM
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+    again, _ = load_model(tmp_path / "llama", inference_rope_scaling=True)
+    torch.testing.assert_close(again(IDS).logits, stretched(IDS).logits, atol=1e-5, rtol=0)
+    for folder in ("own", "llama"):
+        with pytest.raises(InputError, match="hidden_size 64, you ask for 768"):
+            load_model(tmp_path / folder, config_overrides={"hidden_size": 768})
+
+
+def test_broken_folders(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        load_model(tmp_path)
+    make_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole, config = weights.read_bytes(), (tmp_path / "config.json").read_text()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tmp_path)
+    weights.write_bytes(whole)
+    for change, words in (
+        ({"num_hidden_layers": 3}, r"missing keys such as model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"unexpected keys such as model\.layers\.1"),
+        ({"hidden_size": 128}, "mismatched keys|cannot be loaded"),
+        ({"nonsense": 1}, r"config\.json: .*nonsense"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**json.loads(config), **change}))
+        with pytest.raises(InputError, match=words):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text(config[:20])
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_tokenizer(tmp_path, tokenizer):
+    check_vocab(tokenizer, MiniMindConfig())
+    with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, the model a vocabulary of 97"):
+        check_vocab(tokenizer, MiniMindConfig(**SIZES))
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_trained_by_names_every_stage():
+    assert {"pretrain", "full_sft", "rlhf", "reason", "distill", "reward", "ppo_actor", "grpo", "spo"} == set(
+        loading.TRAINED_BY
+    )

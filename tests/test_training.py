@@ -1,0 +1,531 @@
+"""The training loop: exact accumulation, schedule, repeatability, validation numbers, log, files, bad steps, Ctrl-C."""
+
+import json
+import math
+import os
+from itertools import pairwise
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dataset.lm_dataset import PretrainDataset, SFTDataset, file_hash
+from model.errors import InputError, run_script
+from model.LMConfig import MiniMindConfig
+from model.loading import load_model
+from model.model_minimind import MiniMindForCausalLM
+from trainer import train_full_sft, train_pretrain
+from trainer.trainer_utils import batch_rows, build_model, count_steps, evaluate, learning_rate_at, training_steps
+
+TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
+SEQ = 64
+TEXTS = [f"第{i}句话：" + "the quick brown fox jumps. " * (1 + i % 4) for i in range(22)]
+CHATS = [(f"Question {i}?", "Answer, " * (1 + i % 5) + f"{i}.") for i in range(11)]
+MARK = "zebra"  # a word of one row alone
+STAGES = [train_pretrain, train_full_sft]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(question, answer):
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "texts.jsonl", [{"text": text} for text in TEXTS])
+    write_rows(folder / "texts_val.jsonl", [{"text": text} for text in TEXTS[:5]])
+    write_rows(folder / "chats.jsonl", [chat(*pair) for pair in CHATS])
+    write_rows(folder / "chats_val.jsonl", [chat(*pair) for pair in CHATS[:4]])
+    return folder
+
+
+def train(script, out_dir, data_path, *flags):
+    """Run a training script in this process; flags come last and win. Returns its float32 model and its log."""
+    models = []
+
+    def keep(*args):
+        models.append(build_model(*args))
+        return models[-1]
+
+    common = [*TINY, f"--max_seq_len={SEQ}", "--max_steps=3", "--batch_size=8", "--from_weight=none"]
+    args = script.parse_args([*common, f"--data_path={data_path}", f"--out_dir={out_dir}", *flags])
+    with mock.patch.object(script, "build_model", keep):
+        script.main(args)
+    return SimpleNamespace(model=models[0], log=read_log(out_dir, script), out_dir=out_dir)
+
+
+def read_log(out_dir, script):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    stage = script.__name__.split("train_")[1]
+    path = max((out_dir / "logs").glob(f"{stage}_*.jsonl"), key=os.path.getmtime)
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def data_of(script, data):
+    return data / ("texts.jsonl" if script is train_pretrain else "chats.jsonl")
+
+
+def dataset_of(script, data, tokenizer, tmp_path, seed=42, **keys):
+    kind = PretrainDataset if script is train_pretrain else SFTDataset
+    return kind(data_of(script, data), tokenizer, SEQ, tmp_path / "cache", seed=seed, **keys)
+
+
+def fake_run(batch_size=2, accumulation_steps=1, **keys):
+    """As much of a Run as the batches and the evaluation ask for."""
+    args = SimpleNamespace(num_workers=0, accumulation_steps=accumulation_steps, max_steps=None, epochs=1, **keys)
+    return SimpleNamespace(
+        args=args, device=torch.device("cpu"), batch_size=batch_size, tokens=0, steps_begun=0, logged_at=0.0,
+        autocast=torch.no_grad,
+    )  # fmt: skip
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def plain_sgd(model, name, learning_rate, weight_decay, dtype):
+    """Linear in the gradient, so that a wrong gradient is a wrong weight of the same size."""
+    return torch.optim.SGD(model.parameters(), lr=learning_rate)
+
+
+# ------------------------------------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("packing", ["0", "1"])
+def test_accumulation_is_exact(script, packing, data, tmp_path):
+    """Batch 8 x 1 and 2 x 4 see the same rows and end with the same weights, a short last step included."""
+    runs = []
+    for batch, accumulation in (8, 1), (2, 4):
+        flags = [f"--batch_size={batch}", f"--accumulation_steps={accumulation}", f"--packing={packing}"]
+        flags += ["--max_steps=4", "--learning_rate=0.3", "--grad_clip=0"]
+        with mock.patch.object(script, "build_optimizer", plain_sgd):
+            runs.append(train(script, tmp_path / str(batch), data_of(script, data), *flags))
+    one, many = (weights_of(run.model) for run in runs)
+    assert (one - many).norm() < 1e-6 * one.norm()
+    for a, b in zip(runs[0].log, runs[1].log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_accumulation_is_exact_with_the_shipped_optimizers(optimizer, data, tmp_path):
+    runs = []
+    for batch, accumulation in (8, 1), (2, 4):
+        flags = [f"--batch_size={batch}", f"--accumulation_steps={accumulation}", f"--optimizer={optimizer}"]
+        runs.append(train(train_pretrain, tmp_path / str(batch), data / "texts.jsonl", *flags))
+    one, many = (weights_of(run.model) for run in runs)
+    assert (one - many).norm() < 1e-4 * one.norm()  # rounding grows where a gradient is almost 0
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_logged_loss_is_the_mean_over_all_targets_of_all_steps(script, data, tmp_path, tokenizer):
+    """At learning rate 0 the loss of each step can be computed apart; one log line tells the mean of two steps."""
+    flags = ["--learning_rate=0", "--batch_size=2", "--accumulation_steps=2", "--packing=0", "--max_steps=4"]
+    flags += ["--log_interval=2", "--eval_interval=4", "--val_path=" + str(data_of(script, data))]
+    run = train(script, tmp_path, data_of(script, data), *flags)
+    dataset = dataset_of(script, data, tokenizer, tmp_path, packing=False)
+    steps = []
+    for first in range(0, 16, 4):
+        rows = [dataset[i] for i in range(first, min(first + 4, len(dataset)))]
+        if rows:
+            nats, targets = zip(*(nats_by_hand(run.model, row) for row in rows), strict=True)
+            steps.append(sum(nats) / sum(targets))
+    if len(dataset) < 16:  # three steps make an epoch; the fourth is the first of the next
+        dataset.set_epoch(1)
+        nats, targets = zip(*(nats_by_hand(run.model, dataset[i]) for i in range(4)), strict=True)
+        steps.append(sum(nats) / sum(targets))
+    assert [r["step"] for r in run.log] == [2, 4]
+    assert run.log[0]["loss"] == pytest.approx(sum(steps[:2]) / 2, rel=1e-5)
+    assert run.log[1]["loss"] == pytest.approx(sum(steps[2:]) / 2, rel=1e-5)
+    assert run.log[0]["lr"] == 0
+
+
+def nats_by_hand(model, row):
+    """(nats, targets) of one row, document by document, from its logits."""
+    nats, targets = 0.0, 0
+    model.eval()
+    for number in range(1, int(row["attention_mask"].max()) + 1):
+        inside = row["attention_mask"] == number
+        ids, labels = row["input_ids"][inside], row["labels"][inside]
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        nats += F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum").item()
+        targets += int((labels[1:] != -100).sum())
+    return nats, targets
+
+
+def test_every_row_once_in_each_epoch_and_no_window_over_its_border(data, tokenizer, tmp_path):
+    dataset = dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False)  # 22 rows
+    run = fake_run(batch_size=3, accumulation_steps=3)
+    per_epoch = count_steps(dataset, run)
+    assert per_epoch == 3  # micro-batches 3 3 3 | 3 3 3 | 3 1
+    seen, windows, steps = [], [], []
+    for step, window in training_steps(dataset, run, 2 * per_epoch):
+        steps.append(step)
+        windows.append([len(batch.rows) for batch in window])
+        seen.append([tuple(ids.tolist()) for batch in window for ids in batch.inputs["input_ids"]])
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert windows == [[3, 3, 3], [3, 3, 3], [3, 1]] * 2
+    all_rows = sorted(tuple(dataset[i]["input_ids"].tolist()) for i in range(len(dataset)))
+    first, second = ([row for window in epoch for row in window] for epoch in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == all_rows
+    assert first != second  # another order
+
+
+def test_max_steps_wins_over_epochs(data, tokenizer, tmp_path):
+    path = data / "texts.jsonl"
+    flags = ["--packing=0", "--batch_size=8"]  # 22 rows: 3 steps an epoch
+    assert train(train_pretrain, tmp_path / "a", path, *flags, "--epochs=5", "--max_steps=2").log[-1]["step"] == 2
+    assert train(train_pretrain, tmp_path / "b", path, *flags, "--epochs=1", "--max_steps=5").log[-1]["step"] == 5
+    args = train_pretrain.parse_args(["--epochs=4", "--packing=0"])
+    run = fake_run(batch_size=8)
+    run.args = args
+    assert count_steps(dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False), run) == 12
+
+
+# ------------------------------------------------------------------------------------------------------- the schedule
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero():
+    rates = [learning_rate_at(step, 100, 2.0, 0.1) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[10:60] == [2.0] * 50
+    assert rates[60:] == pytest.approx([2.0 * (40 - i) / 40 for i in range(40)])
+    assert (
+        rates[-1] == pytest.approx(2.0 / 40) and learning_rate_at(101, 100, 2.0, 0.1) == 0
+    )  # zero is one step further
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 1000])
+def test_learning_rate_without_warm_up_starts_at_the_peak(total):
+    rates = [learning_rate_at(step, total, 1.0, 0.0) for step in range(1, total + 1)]
+    assert rates[0] == 1.0
+    assert all(0 < later <= earlier for earlier, later in pairwise(rates))
+
+
+def test_schedule_reaches_the_optimizer(data, tmp_path):
+    log = train(train_pretrain, tmp_path, data / "texts.jsonl", "--max_steps=5", "--learning_rate=0.01").log
+    assert [r["lr"] for r in log] == pytest.approx([learning_rate_at(s, 5, 0.01, 0.02) for s in range(1, 6)])
+    still = train(train_pretrain, tmp_path / "0", data / "texts.jsonl", "--learning_rate=0", "--weight_decay=1")
+    torch.manual_seed(42)
+    assert torch.equal(weights_of(still.model), weights_of(MiniMindForCausalLM(still.model.config)))
+
+
+# ------------------------------------------------------------------------------------------------ repeats, learning
+
+
+def test_same_seed_gives_equal_bits_and_another_seed_does_not(data, tmp_path):
+    path = data / "texts.jsonl"
+    first, again, other = (
+        weights_of(train(train_pretrain, tmp_path / name, path, f"--seed={seed}").model)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_workers_change_nothing(data, tmp_path):
+    path = data / "texts.jsonl"
+    alone = train(train_pretrain, tmp_path / "a", path, "--max_steps=2").model
+    helped = train(train_pretrain, tmp_path / "b", path, "--max_steps=2", "--num_workers=1").model
+    assert torch.equal(weights_of(alone), weights_of(helped))
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_loss_falls(script, data, tmp_path):
+    log = train(script, tmp_path, data_of(script, data), "--max_steps=25", "--learning_rate=0.01").log
+    assert log[0]["loss"] > 8 and log[-1]["loss"] < 4.5
+    assert log[-1]["val_loss"] < 4.5
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_evaluate_equals_a_direct_computation(script, data, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, dropout=0.5)).train()
+    loss_sum = train_pretrain.next_token_loss if script is train_pretrain else train_full_sft.answer_loss
+    dataset = dataset_of(script, data, tokenizer, tmp_path)
+    nats, targets = map(sum, zip(*(nats_by_hand(model, dataset[i]) for i in range(len(dataset))), strict=True))
+    texts = TEXTS if script is train_pretrain else [answer for _, answer in CHATS]
+    n_bytes = sum(len(text.encode()) for text in texts)  # the end token is no text
+    for batch_size in (1, 3, 64):
+        model.train()
+        meters = evaluate(model, dataset, fake_run(batch_size), loss_sum, tokenizer)
+        assert model.training
+        assert meters["val_loss"] == pytest.approx(nats / targets, rel=1e-5)
+        assert meters["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_log_curve_and_weights(script, data, tmp_path, tokenizer):
+    run = train(script, tmp_path, data_of(script, data), "--packing=0", "--epochs=1", "--max_steps=3")
+    stage = script.__name__.split("train_")[1]
+    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s", "peak_memory_mb"}
+    assert [r["step"] for r in run.log] == [1, 2, 3]
+    for record in run.log:
+        assert wanted | {"val_loss", "val_bpb"} == set(record)  # 3 steps: evaluated at each
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["tokens_per_s"] > 0 and record["peak_memory_mb"] > 10
+    assert run.log[0]["elapsed_s"] < run.log[-1]["elapsed_s"]
+
+    dataset = dataset_of(script, data, tokenizer, tmp_path, packing=False)
+    rows = [dataset[i] for i in range(len(dataset))]
+    real = [int((row["attention_mask"] > 0).sum()) for row in rows]
+    batches = [sum(real[i] for i in numbers) for numbers in batch_rows(dataset, 8)]
+    assert run.log[0]["tokens"] == batches[0] < 8 * SEQ  # padding is no token
+    if script is train_pretrain:  # three steps are the epoch: all text, a start and an end token a document
+        ids = tokenizer(TEXTS, add_special_tokens=False).input_ids
+        assert run.log[-1]["tokens"] == sum(map(len, ids)) + 2 * len(TEXTS)
+
+    png = (tmp_path / "logs" / f"{stage}_64.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 5000
+    state = torch.load(tmp_path / f"{stage}_64.pth", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    info = json.loads((tmp_path / f"{stage}_64.json").read_text(encoding="utf-8"))
+    MiniMindForCausalLM(MiniMindConfig(**info["config"])).load_state_dict(state, strict=True)
+    assert torch.equal(state["model.norm.weight"], run.model.model.norm.weight.half())
+    assert (info["stage"], info["tokens_seen"], info["trained_length"]) == (stage, run.log[-1]["tokens"], SEQ)
+    assert info["data_hash"] == file_hash(data_of(script, data)) and info["data_file"] == data_of(script, data).name
+    assert info["config"]["hidden_size"] == 64 and info["config"]["num_hidden_layers"] == 2
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".*probe"))
+
+
+def test_a_second_run_starts_its_log_anew(data, tmp_path):
+    for steps in (3, 2):
+        run = train(train_pretrain, tmp_path, data / "texts.jsonl", f"--max_steps={steps}")
+    assert [r["step"] for r in run.log] == [1, 2]
+
+
+def test_intervals(data, tmp_path):
+    flags = ["--max_steps=7", "--log_interval=2", "--eval_interval=3", "--save_interval=5"]
+    saved_at = []
+    with mock.patch.object(train_pretrain, "save", lambda model, run, train_set: saved_at.append(run.steps_begun)):
+        log = train(train_pretrain, tmp_path, data / "texts.jsonl", *flags).log
+    assert [r["step"] for r in log] == [2, 3, 4, 6, 7]
+    assert [r["step"] for r in log if "val_loss" in r] == [3, 6, 7]
+    assert saved_at == [5, 7]
+
+
+def test_no_held_out_file_no_validation(data, tmp_path):
+    rows = write_rows(tmp_path / "alone.jsonl", [{"text": text} for text in TEXTS])
+    assert all("val_loss" not in r for r in train(train_pretrain, tmp_path, rows).log)
+
+
+# ------------------------------------------------------------------------------------------------- bad steps, the end
+
+
+def poison(when):
+    """Forward whose losses are NaN in the rows (B,) that when(call, input_ids) names."""
+    forward, calls = MiniMindForCausalLM.forward, [0]
+
+    def poisoned(self, input_ids, **keys):
+        out = forward(self, input_ids, **keys)
+        calls[0] += 1
+        bad = torch.as_tensor(when(calls[0], input_ids)).expand(len(input_ids))
+        out.token_losses = out.token_losses * torch.where(bad, math.nan, 1.0)[:, None]
+        return out
+
+    return mock.patch.object(MiniMindForCausalLM, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path):
+    seen = []
+    accept = train_pretrain.Run.accept_step
+
+    def watch(self, grad_norm, *rest):
+        seen.append(weights_of(models[0]))
+        return accept(self, grad_norm, *rest)
+
+    models = []
+    path = write_rows(tmp_path / "alone.jsonl", [{"text": text} for text in TEXTS])  # no evaluation: 1 call a step
+
+    def keep(*args):
+        models.append(build_model(*args))
+        return models[0]
+
+    flags = [*TINY, "--max_seq_len=64", "--max_steps=4", "--batch_size=8", f"--data_path={path}"]
+    args = train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"])
+    with (
+        mock.patch.object(train_pretrain.Run, "accept_step", watch),
+        mock.patch.object(train_pretrain, "build_model", keep),
+        poison(lambda call, ids: call == 2),
+    ):
+        train_pretrain.main(args)
+    after_1, after_2, after_3 = seen[1:]
+    assert torch.equal(after_1, after_2) and not torch.equal(after_2, after_3)
+    assert not torch.equal(seen[0], after_1)
+    log = read_log(tmp_path, train_pretrain)
+    assert [r.get("skipped_steps") for r in log] == [None, 1, 1, 1]
+    assert log[1]["loss"] is None and log[3]["loss"] > 0  # no number, and it spoils no later line
+    assert torch.isfinite(weights_of(models[0])).all()
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_at_the_row(data, tmp_path, tokenizer):
+    rows = [{"text": text} for text in TEXTS[:7]]
+    rows.insert(4, {"text": f"{MARK} {MARK}"})
+    path = write_rows(tmp_path / "texts.jsonl", rows)
+    marked = tokenizer(MARK, add_special_tokens=False).input_ids[-1]
+    assert sum(marked in tokenizer(row["text"]).input_ids for row in rows) == 1
+    flags = ["--packing=0", "--batch_size=8", "--max_steps=30"]
+    with (
+        poison(lambda call, ids: (ids == marked).any(1)),
+        pytest.raises(InputError, match=r"10 steps in a row, last at .*learning_rate") as error,
+    ):
+        train(train_pretrain, tmp_path / "out", path, *flags)
+    assert f"{path}:5;" in str(error.value)
+    log = read_log(tmp_path / "out", train_pretrain)
+    assert log[-1]["step"] == 9 and log[-1]["skipped_steps"] == 9
+
+
+def test_nine_bad_steps_do_not_end_the_run(data, tmp_path):
+    path = write_rows(tmp_path / "alone.jsonl", [{"text": text} for text in TEXTS])
+    with poison(lambda call, ids: call % 10 != 0):
+        log = train(train_pretrain, tmp_path, path, "--max_steps=20").log
+    assert log[-1]["step"] == 20 and log[-1]["skipped_steps"] == 18
+
+
+def test_interrupt_keeps_the_weights(data, tmp_path):
+    def interrupted(*args):
+        for step, window in training_steps(*args):
+            if step == 4:
+                raise KeyboardInterrupt
+            yield step, window
+
+    flags = [*TINY, "--max_seq_len=64", "--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}"]
+    flags += [f"--out_dir={tmp_path}"]
+    with mock.patch.object(train_pretrain, "training_steps", interrupted), pytest.raises(SystemExit) as ended:
+        run_script(lambda: train_pretrain.parse_args(flags), train_pretrain.main)
+    assert ended.value.code == 130
+    model, info = load_model(tmp_path / "pretrain_64.pth")
+    assert info["tokens_seen"] >= read_log(tmp_path, train_pretrain)[-1]["tokens"] > 0
+    assert torch.isfinite(weights_of(model)).all() and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_memory_exhausted_names_the_setting(data, tmp_path, capsys):
+    def exhausted(*args, **keys):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    flags = [*TINY, "--max_seq_len=64", "--batch_size=8", f"--data_path={data / 'texts.jsonl'}"]
+    flags += [f"--out_dir={tmp_path}", "--accumulation_steps=2"]
+    with mock.patch.object(MiniMindForCausalLM, "forward", exhausted), pytest.raises(SystemExit) as ended:
+        run_script(lambda: train_pretrain.parse_args(flags), train_pretrain.main)
+    assert ended.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "--batch_size 4 --accumulation_steps 4" in message
+
+
+def test_other_runtime_errors_are_not_called_memory(data, tmp_path):
+    def broken(*args, **keys):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with mock.patch.object(MiniMindForCausalLM, "forward", broken), pytest.raises(RuntimeError, match="shapes"):
+        train(train_pretrain, tmp_path, data / "texts.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------- from stage to stage
+
+
+def test_fine_tuning_starts_from_the_newest_pretrained_weights(data, tmp_path, capsys):
+    texts, chats = data / "texts.jsonl", data / "chats.jsonl"
+    train(train_pretrain, tmp_path, texts, "--hidden_size=32", "--max_seq_len=32")
+    base = train(train_pretrain, tmp_path, texts, "--max_seq_len=128")
+    os.utime(tmp_path / "pretrain_32.pth", (1, 1))
+    flags = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--max_steps=2", "--log_interval=1"]
+    args = train_full_sft.parse_args([*flags, f"--data_path={chats}", f"--out_dir={tmp_path}", "--learning_rate=0"])
+    train_full_sft.main(args)
+    before, after = (torch.load(tmp_path / f"{name}_64.pth") for name in ("pretrain", "full_sft"))
+    assert all(torch.equal(before[name], after[name]) for name in before)  # learning rate 0: nothing else changed them
+    info = json.loads((tmp_path / "full_sft_64.json").read_text())
+    log = read_log(tmp_path, train_full_sft)
+    assert log[0]["tokens"] > base.log[-1]["tokens"] and info["tokens_seen"] == log[-1]["tokens"]
+    assert info["trained_length"] == 128  # it learned to read 128 and is not shortened by a shorter stage
+    assert "pretrain_64.pth" in capsys.readouterr().out
+
+
+def test_from_weight_takes_none_a_path_and_sizes(data, tmp_path):
+    chats = data / "chats.jsonl"
+    base = train(train_pretrain, tmp_path / "base", data / "texts.jsonl", "--max_steps=1")
+    start = train(train_full_sft, tmp_path / "a", chats, "--learning_rate=0").model
+    assert not torch.equal(weights_of(start).half(), weights_of(base.model).half())
+    path = tmp_path / "base" / "pretrain_64.pth"
+    start = train(train_full_sft, tmp_path / "b", chats, "--learning_rate=0", f"--from_weight={path}").model
+    assert torch.equal(weights_of(start).half(), weights_of(base.model).half())
+    continued = train(train_pretrain, tmp_path / "base", data / "texts.jsonl", "--from_weight=pretrain")
+    assert continued.log[0]["tokens"] > base.log[0]["tokens"]
+
+
+# ------------------------------------------------------------------------------------- experts, precision, compiling
+
+
+def test_balance_loss_trains_the_router_and_is_not_in_the_logged_loss(data, tmp_path):
+    forward = MiniMindForCausalLM.forward
+
+    def silent(self, *args, **keys):
+        out = forward(self, *args, **keys)
+        out.token_losses = out.token_losses * 0
+        return out
+
+    with (
+        mock.patch.object(MiniMindForCausalLM, "forward", silent),
+        mock.patch.object(train_pretrain, "build_optimizer", plain_sgd),
+    ):
+        run = train(train_pretrain, tmp_path, data / "texts.jsonl", "--use_moe", "--learning_rate=1", "--max_steps=1")
+    assert run.log[0]["loss"] == 0 and run.log[0]["grad_norm"] > 0
+    torch.manual_seed(42)
+    fresh = MiniMindForCausalLM(run.model.config).state_dict()
+    changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, fresh[name])}
+    assert {name for name in fresh if name.endswith("mlp.gate.weight")} <= changed
+    assert (tmp_path / "pretrain_64_moe.pth").exists()
+
+
+def test_mixture_learns(data, tmp_path):
+    log = train(
+        train_pretrain, tmp_path, data / "texts.jsonl", "--use_moe", "--max_steps=12", "--learning_rate=0.01"
+    ).log
+    assert log[-1]["loss"] < log[0]["loss"] - 1.5
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(data, tmp_path):
+    path = data / "texts.jsonl"
+    exact = train(train_pretrain, tmp_path / "a", path)
+    rough = train(train_pretrain, tmp_path / "b", path, "--dtype=bfloat16")
+    assert {p.dtype for p in rough.model.parameters()} == {torch.float32}
+    losses = [[record["loss"] for record in run.log] for run in (exact, rough)]
+    assert losses[0][0] != losses[1][0]  # before the first update: the forward pass itself was rougher
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_compiled_run_has_the_same_losses(data, tmp_path):
+    """The graph is captured for real, the generated code is left out: a minute of g++ would test torch."""
+    real, compiled = torch.compile, []
+
+    def capture(model):
+        compiled.append(model)
+        return real(model, backend="eager")
+
+    path = data / "texts.jsonl"
+    with mock.patch.object(torch, "compile", capture):
+        plain = train(train_pretrain, tmp_path / "a", path, "--use_compile=auto", "--max_steps=2")
+        assert not compiled  # on a CPU it does not pay by itself
+        fast = train(train_pretrain, tmp_path / "b", path, "--use_compile=1", "--max_steps=2")
+    torch.compiler.reset()
+    assert compiled
+    assert [r["loss"] for r in fast.log] == pytest.approx([r["loss"] for r in plain.log], rel=1e-5)
+    assert [r["val_loss"] for r in fast.log] == pytest.approx([r["val_loss"] for r in plain.log], rel=1e-4)
+    assert set(torch.load(tmp_path / "b" / "pretrain_64.pth")) == set(plain.model.state_dict())  # no _orig_mod. prefix
