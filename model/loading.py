@@ -138,12 +138,13 @@ def find_weights(
     use_moe: bool | None = None,
     **other_sizes: int,
 ) -> Path:
-    """The file that `name` means: a path that exists, or a stage's weights in out_dir of the size asked for.
+    """The file that `name` means: a path, or a stage's weights in out_dir of the size asked for.
 
     Where no size is asked for, the weights of that stage that were written last. InputError says what is there instead.
     """
-    if Path(name).exists() and (Path(name).suffix or Path(name).is_dir()):
-        return Path(name)
+    given = Path(name)
+    if given.suffix == ".pth" or len(given.parts) > 1 or (given / "config.json").exists():
+        return given
     if preset or hidden_size or use_moe is not None:
         sizes = {key: value for key, value in (("hidden_size", hidden_size), ("use_moe", use_moe)) if value is not None}
         return weights_path(out_dir, str(name), MiniMindConfig.from_preset(preset or "minimind2-small", **sizes))

@@ -1,4 +1,4 @@
-"""Look at a data file before training on it: every bad row with its line, figures, and a few rows token by token.
+"""Look at a data file before training on it: the bad rows with their lines, figures, and a few rows token by token.
 
     python scripts/inspect_data.py my_chats.jsonl
     python scripts/inspect_data.py my_texts.jsonl --max_seq_len 256 --packed

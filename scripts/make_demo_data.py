@@ -90,7 +90,7 @@ def pretrain_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
             size = rng.choice((1, 1, 1, 2, 3))
             documents.append(("" if language == "zh" else " ").join(sentences[:size]))
             del sentences[:size]
-    documents += arithmetic_documents(items, 400, rng)
+    documents += arithmetic_documents(items, 600, rng)
     rng.shuffle(documents)
     return [{"text": document} for document in documents]
 
@@ -113,7 +113,7 @@ def pretrain_val_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
 
 
 def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
-    """Every fact in each training phrasing once, one to six in a conversation (which pays for one system turn)."""
+    """Every fact in each training phrasing once, one to five in a conversation (which pays for one system turn)."""
     peers = by_relation(items)
     rows = sum_rows(300, rng, held_out=False)
     for language in LANGUAGES:
@@ -126,7 +126,7 @@ def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
         ]
         rng.shuffle(queue)
         while queue:
-            size = rng.choice((1, 2, 4, 6))
+            size = rng.choice((1, 2, 3, 5))
             chosen, queue = queue[:size], queue[size:]
             contents = []
             for item, question in chosen:

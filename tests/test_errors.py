@@ -221,7 +221,6 @@ def test_weights_that_would_run_code_are_refused(home, capsys):
     assert "evil.pth" in fails(capsys, home, "trainer.train_full_sft", sft(home, f"--from_weight={path}"))
 
 
-@pytest.mark.xfail(strict=True, reason="find_weights takes a path that does not exist for the name of a stage")
 @pytest.mark.parametrize("name", ["nowhere.pth", "folder/nowhere.pth", "/nowhere/x.pth"])
 def test_a_missing_path_is_named_as_it_was_given(name, home, capsys, monkeypatch):
     monkeypatch.chdir(home)

@@ -393,11 +393,57 @@ def test_ten_bad_steps_in_a_row_end_the_run_at_the_row(data, tmp_path, tokenizer
     assert log[-1]["step"] == 9 and log[-1]["skipped_steps"] == 9
 
 
+def test_the_row_named_is_the_bad_one_wherever_it_stands_in_the_step(data, tmp_path, tokenizer):
+    rows = [{"text": text} for text in TEXTS[:7]] + [{"text": f"{MARK} {MARK}"}]
+    path = write_rows(tmp_path / "texts.jsonl", rows)
+    marked = tokenizer(MARK, add_special_tokens=False).input_ids[-1]
+    flags = ["--packing=0", "--batch_size=1", "--accumulation_steps=8", "--max_steps=30"]
+    with poison(lambda call, ids: (ids == marked).any(1)), pytest.raises(InputError) as error:
+        train(train_pretrain, tmp_path / "out", path, *flags)
+    assert f"{path}:8;" in str(error.value)
+
+
 def test_nine_bad_steps_do_not_end_the_run(data, tmp_path):
     path = write_rows(tmp_path / "alone.jsonl", [{"text": text} for text in TEXTS])
     with poison(lambda call, ids: call % 10 != 0):
         log = train(train_pretrain, tmp_path, path, "--max_steps=20").log
     assert log[-1]["step"] == 20 and log[-1]["skipped_steps"] == 18
+
+
+def test_interrupt_before_anything_was_learned_leaves_earlier_weights_alone(data, tmp_path):
+    train(train_pretrain, tmp_path, data / "texts.jsonl", "--max_steps=2")
+    before = (tmp_path / "pretrain_64.pth").read_bytes()
+    with mock.patch.object(train_pretrain, "set_learning_rate", side_effect=KeyboardInterrupt):
+        flags = [*TINY, "--max_seq_len=64", "--max_steps=2", f"--data_path={data / 'texts.jsonl'}"]
+        with pytest.raises(KeyboardInterrupt):
+            train_pretrain.main(train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"]))
+    assert (tmp_path / "pretrain_64.pth").read_bytes() == before
+
+
+def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_path):
+    rows = []
+    evaluate = train_pretrain.evaluate
+
+    def counted(model, val_set, run, loss_sum, *rest):
+        def loss(model, inputs):
+            rows[-1] += len(inputs["input_ids"])
+            return loss_sum(model, inputs)
+
+        rows.append(0)
+        return evaluate(model, val_set, run, loss, *rest)
+
+    val = write_rows(tmp_path / "val.jsonl", [{"text": text} for text in TEXTS[:7]])
+    flags = [
+        "--packing=0",
+        f"--val_path={val}",
+        "--max_steps=3",
+        "--eval_interval=1",
+        "--eval_rows=4",
+        "--batch_size=2",
+    ]
+    with mock.patch.object(train_pretrain, "evaluate", counted):
+        train(train_pretrain, tmp_path, data / "texts.jsonl", *flags)
+    assert rows == [4, 4, 7]
 
 
 def test_interrupt_keeps_the_weights(data, tmp_path):

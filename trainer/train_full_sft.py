@@ -85,14 +85,14 @@ def main(args: argparse.Namespace) -> None:
                 with run.autocast():
                     output = net(**batch.inputs, return_logits=False)
                 loss = output.token_losses.sum() / targets
-                run.add_loss(loss)
+                run.add_losses(batch, output.token_losses, targets)
                 if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
                     loss = loss + output.aux_loss / len(window)
                 run.scaler.scale(loss).backward()
 
             run.scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
-            if run.accept_step(grad_norm, train_set, batch, output.token_losses):
+            if run.accept_step(grad_norm, train_set):
                 run.scaler.step(optimizer)
             run.scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
                 if output.expert_load is not None:
                     meters["peak_expert_load"] = peak_expert_load(output.expert_load)
                 if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, answer_loss, tokenizer)
+                    meters |= evaluate(model, val_set, run, answer_loss, tokenizer, step == total_steps)
                 run.log(step, total_steps, meters)
             if is_due(step, args.save_interval, total_steps):
                 path = save(model, run, train_set)

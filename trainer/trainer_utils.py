@@ -26,6 +26,7 @@ from model.model_minimind import MiniMindForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_SKIPPED_IN_A_ROW = 10
+DECAY_RATIO = 0.4  # share of the steps in which the learning rate falls
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
@@ -58,7 +59,7 @@ def common_parser(
     doc: str, *, data: str, from_weight: str, epochs: int, lr: dict[str, float]
 ) -> argparse.ArgumentParser:
     """The flags that every training script has; `lr` is the default peak learning rate by optimizer."""
-    count, share, switch = number(int, 1), number(float, 0, 1), {"type": boolean, "nargs": "?", "const": True}
+    count, switch = number(int, 1), {"type": boolean, "nargs": "?", "const": True}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(default_learning_rates=lr)
     group = parser.add_argument_group("files")
@@ -87,12 +88,17 @@ def common_parser(
     )
     group.add_argument("--epochs", type=count, default=epochs, help=f"passes over the data (default: {epochs})")
     group.add_argument("--max_steps", type=count, help="optimizer steps, in place of --epochs")
-    group.add_argument("--batch_size", type=count, help="rows of a micro-batch (default: 32 on a GPU, 8 on a CPU)")
-    group.add_argument("--accumulation_steps", type=count, default=1, help="micro-batches of a step (default: 1)")
+    group.add_argument("--batch_size", type=count, help="rows of a micro-batch (default: 32, 4 on a CPU)")
+    group.add_argument(
+        "--accumulation_steps", type=count, help="micro-batches of a step (default: 1; 2 with a CPU's default batch)"
+    )
     rates = ", ".join(f"{rate:g} with {name}" for name, rate in lr.items())
     group.add_argument("--learning_rate", type=number(float, 0), help=f"peak learning rate (default: {rates})")
     group.add_argument(
-        "--warmup_ratio", type=share, default=0.02, help="share of the steps that warm up (default: 0.02)"
+        "--warmup_ratio",
+        type=number(float, 0, 1 - DECAY_RATIO),
+        default=0.02,
+        help="share of the steps that warm up (default: 0.02)",
     )
     group.add_argument("--weight_decay", type=number(float, 0), default=0.1, help="on matrices alone (default: 0.1)")
     group.add_argument(
@@ -123,6 +129,9 @@ def common_parser(
     group = parser.add_argument_group("output")
     group.add_argument("--log_interval", type=count, default=10, help="steps between log lines (default: 10)")
     group.add_argument("--eval_interval", type=count, help="steps between evaluations (default: ten times a run)")
+    group.add_argument(
+        "--eval_rows", type=count, default=128, help="held-out rows of an evaluation; the last takes all (default: 128)"
+    )
     group.add_argument("--save_interval", type=count, help="steps between saves (default: at each evaluation)")
     group.add_argument("--debug", **switch, default=False, help="show tracebacks of errors")
     return parser
@@ -147,7 +156,9 @@ class Run:
         self.args, self.stage = args, stage
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
-        self.batch_size = args.batch_size or (8 if self.device.type == "cpu" else 32)
+        if args.accumulation_steps is None:
+            args.accumulation_steps = 2 if self.device.type == "cpu" and args.batch_size is None else 1
+        self.batch_size = args.batch_size or (4 if self.device.type == "cpu" else 32)
         given = args.learning_rate  # 0 counts as given
         self.learning_rate = args.default_learning_rates[args.optimizer] if given is None else given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -155,6 +166,7 @@ class Run:
         self.tokens = self.logged_tokens = 0
         self.steps_begun = self.loss_from = 0
         self.loss_sum = torch.zeros((), device=self.device)
+        self.losses_of_step: list[tuple[list[int], torch.Tensor]] = []  # of each micro-batch: rows, their losses (B,)
         self.name = stage  # becomes stage_hidden[_moe] when the model is known
         self.records: list[dict] = []
         (args.out_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -211,9 +223,11 @@ class Run:
         print(f"{self.stage} {step}/{total_steps}  {shown}  eta {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
         self.logged_at, self.logged_tokens = time.monotonic(), self.tokens
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's share of its step's mean loss, without waiting for the device."""
-        self.loss_sum += loss.detach()
+    def add_losses(self, batch: MicroBatch, token_losses: torch.Tensor, targets: int) -> None:
+        """Note the token_losses (B, T) of a micro-batch whose step has so many targets; waits for no device."""
+        row_losses = token_losses.detach().sum(1)
+        self.loss_sum += row_losses.sum() / targets
+        self.losses_of_step.append((batch.rows, row_losses))
 
     def mean_loss(self) -> float:
         """Mean loss of the steps since the last call."""
@@ -221,21 +235,20 @@ class Run:
         self.loss_sum, self.loss_from = torch.zeros((), device=self.device), self.steps_begun
         return mean
 
-    def accept_step(
-        self, grad_norm: torch.Tensor, dataset: PackedDataset, batch: MicroBatch, token_losses: torch.Tensor
-    ) -> bool:
-        """Whether a step may be taken: False for a non-finite gradient; ten of these in a row end the run.
-
-        batch and its token_losses (B, T) are the last micro-batch, which the message points into.
-        """
+    def accept_step(self, grad_norm: torch.Tensor, dataset: PackedDataset) -> bool:
+        """Whether a step may be taken: False for a non-finite gradient; ten of these in a row end the run."""
+        losses_of_step, self.losses_of_step = self.losses_of_step, []
         if math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
             return True
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            bad = [row for row, ok in zip(batch.rows, token_losses.sum(1).isfinite(), strict=True) if not ok]
-            where = "; ".join(dataset.describe(row) for row in (bad or batch.rows)[:1])
+            losses = {
+                row: float(loss) for rows, values in losses_of_step for row, loss in zip(rows, values, strict=True)
+            }
+            broken = [row for row, loss in losses.items() if not math.isfinite(loss)]
+            where = dataset.describe((broken or list(losses))[0])
             raise InputError(
                 f"loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, last at {where}; "
                 "lower --learning_rate, or look at these rows"
@@ -266,7 +279,8 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            save()
+            if self.steps_begun > 1:  # nothing was learned before: an earlier run's weights stay
+                save()
             raise
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
@@ -439,7 +453,9 @@ def training_steps(dataset: PackedDataset, run: Run, total_steps: int) -> Iterat
         epoch += 1
 
 
-def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: float, decay_ratio: float = 0.4) -> float:
+def learning_rate_at(
+    step: int, total_steps: int, peak: float, warmup_ratio: float, decay_ratio: float = DECAY_RATIO
+) -> float:
     """Warm-up, flat, then linear to zero over the last decay_ratio of the steps (arXiv 2405.18392); step 1, 2, ..."""
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     decay_steps = math.ceil(decay_ratio * total_steps)
@@ -462,13 +478,21 @@ def is_due(step: int, interval: int | None, total_steps: int) -> bool:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, val_set: PackedDataset, run: Run, loss_sum: Callable, tokenizer) -> dict[str, float]:
-    """Held-out loss (nats per target) and bits per byte of the targets' text; loss_sum(model, inputs) gives nats."""
+def evaluate(
+    model: nn.Module, val_set: PackedDataset, run: Run, loss_sum: Callable, tokenizer, whole: bool = True
+) -> dict[str, float]:
+    """Held-out loss (nats per target) and bits per byte of the targets' text; loss_sum(model, inputs) gives nats.
+
+    Over the whole held-out set, or (so that it costs little during a run) its first --eval_rows rows.
+    """
     began = time.monotonic()
     model.eval()
+    rows = batch_rows(val_set, run.batch_size)
+    if not whole:
+        rows = rows[: math.ceil(run.args.eval_rows / run.batch_size)]
     bytes_of = token_byte_counts(tokenizer).to(run.device)
     nats = targets = n_bytes = 0
-    for batch in micro_batches(val_set, run, batch_rows(val_set, run.batch_size)):
+    for batch in micro_batches(val_set, run, rows):
         with run.autocast():
             nats += float(loss_sum(model, batch.inputs))
         labels = batch.inputs["labels"]
