@@ -199,9 +199,9 @@ def test_sft_asks_every_fact_in_every_training_phrasing(rows_of):
 
 def test_sft_has_longer_conversations_and_system_turns(rows_of):
     lengths = [len([turn for turn in row["conversations"] if turn["role"] == "user"]) for row in rows_of["sft"]]
-    assert 0.05 < sum(length > 1 for length in lengths) / len(lengths) < 0.3 and max(lengths) >= 3
+    assert 0.5 < sum(length > 1 for length in lengths) / len(lengths) < 0.9 and max(lengths) >= 5
     assert any(row["conversations"][0]["role"] == "system" for row in rows_of["sft"])
-    assert sum(len(turn["content"]) for row in rows_of["sft"] for turn in row["conversations"]) < 60 * len(lengths)
+    assert sum(len(turn["content"]) for row in rows_of["sft"] for turn in row["conversations"]) < 60 * sum(lengths)
 
 
 def test_no_held_out_question_in_any_training_file(rows_of):

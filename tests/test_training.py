@@ -188,7 +188,7 @@ def test_max_steps_wins_over_epochs(data, tokenizer, tmp_path):
     flags = ["--packing=0", "--batch_size=8"]  # 22 rows: 3 steps an epoch
     assert train(train_pretrain, tmp_path / "a", path, *flags, "--epochs=5", "--max_steps=2").log[-1]["step"] == 2
     assert train(train_pretrain, tmp_path / "b", path, *flags, "--epochs=1", "--max_steps=5").log[-1]["step"] == 5
-    args = train_pretrain.parse_args(["--epochs=4", "--packing=0"])
+    args = train_pretrain.parse_args(["--epochs=4", "--packing=0", "--accumulation_steps=1"])
     run = fake_run(batch_size=8)
     run.args = args
     assert count_steps(dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False), run) == 12
