@@ -4,6 +4,7 @@ import json
 import math
 import os
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +18,15 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.trainer_utils import batch_rows, build_model, count_steps, evaluate, learning_rate_at, training_steps
+from trainer.trainer_utils import (
+    batch_rows,
+    build_model,
+    count_steps,
+    evaluate,
+    learning_rate_at,
+    pick_dtype,
+    training_steps,
+)
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
 SEQ = 64
@@ -575,3 +584,20 @@ def test_compiled_run_has_the_same_losses(data, tmp_path):
     assert [r["loss"] for r in fast.log] == pytest.approx([r["loss"] for r in plain.log], rel=1e-5)
     assert [r["val_loss"] for r in fast.log] == pytest.approx([r["val_loss"] for r in plain.log], rel=1e-4)
     assert set(torch.load(tmp_path / "b" / "pretrain_64.pth")) == set(plain.model.state_dict())  # no _orig_mod. prefix
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, fast",
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),  # half the speed of float32, measured
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+        ("Features : asimd bf16", True),
+    ],
+)
+def test_automatic_dtype_on_a_cpu(cpuinfo, fast, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+    assert pick_dtype("float32", torch.device("cpu")) == torch.float32
