@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import operator
 import os
 import re
 import subprocess
@@ -249,8 +250,9 @@ def test_reasoning_is_right(held_out):
             ).groups()
             steps = re.findall(r"(\d+) ?([-+×]) ?(\d+) ?= ?(\d+)", thinking)
             assert len(steps) == 2
+            operations = {"+": operator.add, "-": operator.sub, "×": operator.mul}
             for x, sign, y, result in steps:
-                assert eval(f"{x}{sign}{y}".replace("×", "*")) == int(result)
+                assert operations[sign](int(x), int(y)) == int(result)
             assert answer == row["answer"] == steps[1][3] and steps[1][0] == steps[0][3]
             numbers = [steps[0][0], steps[0][2], steps[1][2]]
             assert sorted(re.findall(r"\d+", question)) == sorted(numbers)

@@ -504,7 +504,7 @@ def test_fine_tuning_starts_from_the_newest_pretrained_weights(data, tmp_path, c
     flags = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--max_steps=2", "--log_interval=1"]
     args = train_full_sft.parse_args([*flags, f"--data_path={chats}", f"--out_dir={tmp_path}", "--learning_rate=0"])
     train_full_sft.main(args)
-    before, after = (torch.load(tmp_path / f"{name}_64.pth") for name in ("pretrain", "full_sft"))
+    before, after = (torch.load(tmp_path / f"{name}_64.pth", weights_only=True) for name in ("pretrain", "full_sft"))
     assert all(torch.equal(before[name], after[name]) for name in before)  # learning rate 0: nothing else changed them
     info = json.loads((tmp_path / "full_sft_64.json").read_text())
     log = read_log(tmp_path, train_full_sft)
@@ -583,7 +583,9 @@ def test_compiled_run_has_the_same_losses(data, tmp_path):
     assert compiled
     assert [r["loss"] for r in fast.log] == pytest.approx([r["loss"] for r in plain.log], rel=1e-5)
     assert [r["val_loss"] for r in fast.log] == pytest.approx([r["val_loss"] for r in plain.log], rel=1e-4)
-    assert set(torch.load(tmp_path / "b" / "pretrain_64.pth")) == set(plain.model.state_dict())  # no _orig_mod. prefix
+    assert set(torch.load(tmp_path / "b" / "pretrain_64.pth", weights_only=True)) == set(
+        plain.model.state_dict()
+    )  # no _orig_mod. prefix
 
 
 @pytest.mark.parametrize(
