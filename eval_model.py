@@ -19,7 +19,7 @@ from dataset.chat import encode_prompt
 from model.errors import InputError, run_script
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from trainer.trainer_utils import MAX_SEED, ROOT, boolean, number, pick_device, pick_dtype
+from trainer.trainer_utils import MAX_SEED, ROOT, boolean, given_sizes, number, pick_device, pick_dtype
 
 STAGES = {0: "pretrain", 1: "full_sft"}
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]
@@ -69,8 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    sizes = {key: getattr(args, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")}
-    sizes = {key: value for key, value in sizes.items() if value is not None}
+    sizes = given_sizes(args)
     stage = STAGES[args.model_mode]
     path = args.weight or find_weights(args.out_dir, stage, preset=args.preset, **sizes)
     model, info = load_model(

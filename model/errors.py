@@ -24,11 +24,10 @@ def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[arg
         main(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, RuntimeError) as error:
-        buried = isinstance(error, RuntimeError)  # torch.save raises its own over the OSError of a full disk
-        if getattr(args, "debug", False) or (buried and not isinstance(error.__context__, OSError)):
+    except (InputError, OSError) as error:
+        if getattr(args, "debug", False):
             raise
-        print(f"error: {describe(error.__context__ if buried else error)}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -120,6 +120,10 @@ def write_files(writers: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
                 os.fsync(file.fileno())
         for path, temporary in beside.items():
             os.replace(temporary, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save buries the OSError of a full disk under its own error
+            raise error.__context__ from None
+        raise
     finally:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)

@@ -188,7 +188,7 @@ def reason_rows(count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
 
 
 def rlaif_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
-    """Prompts with a verifiable answer, half sums and half facts; the assistant turn is a placeholder."""
+    """Prompts with a verifiable answer, half sums and half facts; the assistant turn is never learned."""
     rows = sum_rows(count // 2, rng, held_out=held_out)
     rows += questions_rows(rng.sample(items, count // 2), rng, held_out=held_out)
     rng.shuffle(rows)

@@ -405,15 +405,19 @@ def test_programming_errors_keep_their_traceback():
         run_in_process(lambda: None, main)
 
 
-def test_runtime_errors_keep_their_traceback_but_for_a_full_disk(capsys):
+def test_runtime_errors_keep_their_traceback_but_for_a_full_disk(capsys, tmp_path):
     def main(error):
-        try:
-            raise error
-        except Exception:  # torch.save does the same
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+        def write(file):
+            try:
+                raise error
+            except Exception:  # torch.save does the same
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+        loading.write_files({tmp_path / "a.pth": write})
 
     with pytest.raises(RuntimeError):
         run_in_process(lambda: ValueError(), main)
     with pytest.raises(SystemExit):
         run_in_process(lambda: OSError(errno.ENOSPC, "No space left on device"), main)
     assert capsys.readouterr().err == "error: the disk is full: free some space or choose another --out_dir\n"
+    assert list(tmp_path.iterdir()) == []

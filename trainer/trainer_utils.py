@@ -106,7 +106,7 @@ def common_parser(
     )
     group.add_argument("--optimizer", choices=list(lr), default=next(iter(lr)), help=f"default: {next(iter(lr))}")
     group.add_argument(
-        "--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights, data order, dropout (default: 42)"
+        "--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights and data order (default: 42)"
     )
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps, cpu (default: auto)")
@@ -352,10 +352,15 @@ def format_meter(key: str, value: float) -> str:
 # ------------------------------------------------------------------------------------------------------- the model
 
 
+def given_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """The sizes that flags name, in place of a preset's."""
+    flags = {key: getattr(args, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")}
+    return {key: value for key, value in flags.items() if value is not None}
+
+
 def build_model(args: argparse.Namespace, tokenizer, run: Run) -> MiniMindForCausalLM:
     """A new model of the size that the flags name, or the weights of --from_weight, on the run's device, float32."""
-    flags = {key: getattr(args, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")}
-    sizes = {key: value for key, value in flags.items() if value is not None}
+    sizes = given_sizes(args)
     if args.from_weight == "none":
         config = MiniMindConfig.from_preset(args.preset or "minimind2-small", **sizes)
         config.original_max_position_embeddings = args.max_seq_len
