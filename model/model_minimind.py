@@ -8,17 +8,24 @@ Shapes:  B batch   T tokens of this call   S cached + current tokens   D hidden 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .LMConfig import MiniMindConfig
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build of torch without it
+    varlen_attn = None
 
 
 @dataclass
@@ -53,6 +60,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # Norm and positions
 
 
+class Normalise(torch.autograd.Function):
+    """x / rms(x) * weight in `dtype`, rms in float32: (..., D), weight (D,) -> (..., D).
+
+    Its own backward keeps x and one number a row, where autograd would keep and walk through every step of the formula:
+    with n = x / rms(x) and h = grad * weight, dx = (h - n mean(h n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(dtype) * weight.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        h = grad.float() * weight
+        mean = (h * normed).sum(-1, keepdim=True) / x.shape[-1]  # (..., 1)
+        grad_x = h.addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension: (..., D) -> (..., D), in the precision of the matrix products.
 
@@ -66,10 +99,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        x = x.float()
-        mean_square = (x * x).sum(dim=-1, keepdim=True) / x.shape[-1]  # cheaper backward than x.square().mean(-1)
-        return (x * torch.rsqrt(mean_square + self.eps)).to(dtype) * self.weight.to(dtype)
+        return Normalise.apply(x, self.weight, self.eps, compute_dtype(x))
 
 
 def document_numbers(attention_mask: Tensor) -> Tensor:
@@ -96,6 +126,23 @@ def visible_keys(attention_mask: Tensor, queries: int) -> Tensor:
     documents = document_numbers(attention_mask)
     same = documents[:, -queries:, None] == attention_mask[:, None, :]  # (B, T, S)
     return (same & causal_keys(queries, attention_mask.shape[-1], attention_mask.device)).unsqueeze(1)
+
+
+@torch.compiler.disable
+def document_bounds(attention_mask: Tensor) -> Tensor | None:
+    """Where each document (or run of padding) begins in the B * T places, and their end: (B, T) -> (n + 1,) int32.
+
+    None where padding stands inside a document, which is then no run of places. Reads values: once a forward, where a
+    mask over T x T places would be built and read in every layer.
+    """
+    before = F.pad(attention_mask, (1, -1), value=-1)
+    opens = attention_mask != before
+    opens[:, 0] = True
+    resumed = opens & (attention_mask > 0) & (before == 0) & (attention_mask == document_numbers(before))
+    if resumed.any():
+        return None
+    starts = opens.flatten().nonzero()[:, 0]
+    return F.pad(starts, (0, 1), value=attention_mask.numel()).int()
 
 
 def causal_keys(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -128,19 +175,40 @@ def rotary_frequencies(config: MiniMindConfig, device: torch.device) -> tuple[Te
 
 
 def rotary_tables(config: MiniMindConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of every position, alike for all heads: (B, T) -> two of (B, T, 1, d).
+    """cos and sin of every position, alike for all heads: (B, T) -> (B, T, 1, d) and (B, T, 1, d/2).
 
     Computed in each forward: a table held as a non-persistent buffer would be garbage after `from_pretrained`.
     """
     frequencies, scale = rotary_frequencies(config, positions.device)
     angles = positions[:, :, None, None].float() * frequencies  # (B, T, 1, d/2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    return torch.cat((cos, cos), dim=-1).to(dtype), sin.to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x[i], x[i + d/2]) to (a cos - b sin, b cos + a sin): (B, T, H, d) -> (B, T, H, d)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+class Rotate(torch.autograd.Function):
+    """Turn each pair (a, b) = (x[i], x[i + d/2]) to (a cos - b sin, b cos + a sin): (B, T, H, d) -> (B, T, H, d).
+
+    The gradient is the turn back: nothing but the tables is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, sign=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return turned(grad, *ctx.saved_tensors, sign=-1), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    out = x * cos
+    out_a, out_b = out.chunk(2, dim=-1)
+    out_a.addcmul_(b, sin, value=-sign)
+    out_b.addcmul_(a, sin, value=sign)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,24 +232,68 @@ class Attention(nn.Module):
         self.o_proj.feeds_residual = True  # for _init_weights
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past_key_values: Cache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        bounds: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         B, T, D = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)  # (B, H, T, d)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rotary).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        q = Rotate.apply(self.q_proj(x).view(B, T, -1, self.head_dim), *rotary)  # (B, T, H, d)
+        k = Rotate.apply(self.k_proj(x).view(B, T, -1, self.head_dim), *rotary)  # (B, T, K, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, d)
+        dropout = self.dropout if self.training else 0.0
+        if bounds is not None:
+            out = document_attention(q, k, v, bounds, dropout, by_kernel=x.device.type == "cuda")
+            return self.o_proj(out.reshape(B, T, D))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, d)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # (B, K, S, d)
-        dropout = self.dropout if self.training else 0.0
         # Without a mask: a whole sequence is causal, a single token sees all that came before it.
         causal = mask is None and T > 1
-        if self.flash:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
-            )
-        else:
-            out = plain_attention(q, k, v, mask, causal, dropout)
+        attention = flash_attention if self.flash else plain_attention
+        out = attention(q, k, v, mask, causal, dropout)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, dropout: float, by_kernel: bool = False
+) -> Tensor:
+    """Causal attention within each run: q (B, T, H, d), k, v (B, T, K, d), bounds (n + 1,) -> (B, T, H, d).
+
+    by_kernel: in one kernel for all runs, which GPUs have; otherwise run by run.
+    """
+    shape, groups = q.shape, q.shape[2] // k.shape[2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, d)
+    if by_kernel:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return varlen_attn(q, k, v, bounds, bounds, shape[1], shape[1], window_size=(-1, 0)).view(shape)
+    lengths = bounds.diff().tolist()
+    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)  # (H or K, n, d)
+    parts = [flash_attention(q[None], k[None], v[None], None, True, dropout)[0] for q, k, v in documents]
+    return torch.cat([part.transpose(0, 1) for part in parts]).view(shape)
+
+
+def takes_documents(x: Tensor, config: MiniMindConfig, training: bool) -> bool:
+    """Whether attention over runs of places exists here: on CPUs in eager mode, on GPUs in half precision."""
+    if not config.flash_attn or x.device.type not in ("cpu", "cuda"):
+        return False
+    if x.device.type == "cpu":
+        return not torch.compiler.is_compiling()
+    half = compute_dtype(x) in (torch.bfloat16, torch.float16)
+    fits = config.head_dim % 8 == 0 and config.head_dim <= 256 and not (config.dropout and training)
+    return half and fits and varlen_attn is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    """The same as plain_attention in one kernel, which never holds all scores."""
+    if mask is not None and q.device.type == "cuda":  # its fast kernels take a mask or shared heads, not both
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
@@ -321,10 +433,11 @@ class MiniMindBlock(GradientCheckpointingLayer):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
+        bounds: Tensor | None = None,
         real: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, bounds, past_key_values))
         y = self.post_attention_layernorm(x)
         y, aux_loss, load = self.mlp(y, real) if isinstance(self.mlp, MoEFeedForward) else (self.mlp(y), None, None)
         return x + self.dropout(y), aux_loss, load
@@ -390,15 +503,18 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = x.shape[1]
 
-        mask = real = None
+        mask = bounds = real = None
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
         elif attention_mask is not None:
             if attention_mask.shape[1] != past + T:
                 raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, not {past} cached + {T}")
             attention_mask = attention_mask.long()
-            mask = visible_keys(attention_mask, T)
             real = attention_mask[:, -T:] > 0
+            if past_key_values is None and takes_documents(x, self.config, self.training):
+                bounds = document_bounds(attention_mask)
+            if bounds is None:
+                mask = visible_keys(attention_mask, T)
         elif past and T > 1:
             mask = causal_keys(T, past + T, x.device)[None, None]
         if position_ids is None:
@@ -411,7 +527,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         x = self.dropout(x)
         aux_losses, loads = [], []
         for layer in self.layers:
-            x, aux_loss, load = layer(x, rotary, mask=mask, real=real, past_key_values=past_key_values)
+            x, aux_loss, load = layer(x, rotary, mask=mask, bounds=bounds, real=real, past_key_values=past_key_values)
             aux_losses.append(aux_loss)
             loads.append(load)
         moe = self.config.use_moe
@@ -497,43 +613,74 @@ LOSS_CHUNK = 1024  # tokens
 class LinearCrossEntropy(torch.autograd.Function):
     """-log softmax(hidden W^T)[target] per token: hidden (N, D), weight (V, D), targets (N,) >= 0 -> (N,) float32.
 
-    Works through the tokens in chunks, with float32 logits of one chunk at a time in one buffer. Half-precision logits
-    are kept for the backward pass; float32 ones would be the copy that this class avoids and are computed again.
+    Works through the tokens in chunks, with the logits of one chunk at a time: memory does not grow with N times V.
+    With `early` the gradients are computed while a chunk's logits are there, as if each token's loss counted once, and
+    the backward pass only scales them; that holds where all losses got one weight, as they do in a mean. Otherwise the
+    backward pass computes the logits again.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, early: bool) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        buffer = losses.new_empty(min(LOSS_CHUNK, len(hidden)), len(weight))
-        kept = []
-        for start in range(0, len(hidden), LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
-            logits = hidden[part] @ weight.t()
-            logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
-            losses[part] = -logprobs.gather(-1, targets[part, None])[:, 0]
-            if logits.dtype != torch.float32:
-                kept.append(logits)
-        ctx.save_for_backward(hidden, weight, targets, *kept)
+        grads = new_gradients(hidden, weight, ctx.needs_input_grad[1]) if early else ()
+        for part, logits, softmax in chunks_of_logits(hidden, weight):
+            picked, top = logits.gather(-1, targets[part, None]), logits.amax(-1, keepdim=True)
+            torch.softmax(logits, dim=-1, dtype=torch.float32, out=softmax)
+            log_sum = top - softmax.amax(-1, keepdim=True).log()  # log sum exp(logits)
+            losses[part] = (log_sum - picked)[:, 0]
+            if early:
+                add_gradients(grads, part, softmax, hidden, weight, targets, 1.0)
+        ctx.save_for_backward(hidden, weight, targets, *grads)
         return losses
 
     @staticmethod
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, Tensor, None]:
-        """d loss / d logits = softmax - one-hot(target), times the gradient of each token's loss."""
-        hidden, weight, targets = ctx.saved_tensors[:3]
-        kept = ctx.saved_tensors[3:]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        buffer = grad_weight.new_empty(min(LOSS_CHUNK, len(hidden)), len(weight))
-        for start in range(0, len(hidden), LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
-            logits = kept[start // LOSS_CHUNK] if kept else hidden[part] @ weight.t()
-            grad = torch.softmax(logits, dim=-1, dtype=torch.float32, out=buffer[: len(logits)])
-            grad.scatter_add_(-1, targets[part, None], grad.new_full((len(grad), 1), -1.0))
-            grad = grad.mul_(grad_losses[part, None]).to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            if ctx.needs_input_grad[1]:
-                grad_weight += grad.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None
+    @once_differentiable
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, targets, *grads = ctx.saved_tensors
+        if grads and (grad_losses == grad_losses[:1]).all():
+            scale = grad_losses[:1].sum()  # 0 where there is no token
+            grads = [grad if grad is None else grad * scale for grad in grads]
+        else:
+            grads = new_gradients(hidden, weight, ctx.needs_input_grad[1])
+            for part, logits, softmax in chunks_of_logits(hidden, weight):
+                torch.softmax(logits, dim=-1, dtype=torch.float32, out=softmax)
+                add_gradients(grads, part, softmax, hidden, weight, targets, grad_losses[part, None])
+        grad_hidden, grad_weight = grads
+        return (
+            grad_hidden.to(hidden.dtype),
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def chunks_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (which of the N tokens, their logits (n, V), room for as many float32 numbers: the same if it can be)."""
+    room = torch.empty(min(LOSS_CHUNK, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), LOSS_CHUNK):
+        part = slice(start, start + LOSS_CHUNK)
+        rows = hidden[part]
+        out = room[: len(rows)]
+        yield part, torch.mm(rows, weight.t(), out=out) if rows.dtype == out.dtype else rows @ weight.t(), out
+
+
+def new_gradients(hidden: Tensor, weight: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
+    """Room for the gradients of hidden and weight (None where it is frozen)."""
+    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32) if both else None
+
+
+def add_gradients(grads, part: slice, softmax: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, scale) -> None:
+    """Put in what a chunk gives to both: d loss / d logits = softmax - one-hot(target), times the loss's own weight."""
+    grad_hidden, grad_weight = grads
+    softmax.scatter_add_(-1, targets[part, None], softmax.new_full((len(softmax), 1), -1.0))
+    grad_logits = softmax.mul_(scale).to(weight.dtype)
+    grad_hidden[part] = grad_logits @ weight
+    if grad_weight is None:
+        return
+    if weight.dtype == grad_weight.dtype:
+        grad_weight.addmm_(grad_logits.t(), hidden[part])
+    else:
+        grad_weight += grad_logits.t() @ hidden[part]
 
 
 def next_token_losses(
@@ -552,10 +699,11 @@ def next_token_losses(
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
         places = wanted.nonzero()[:, 0]
-        losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places])
+        early = torch.is_grad_enabled() and hidden.requires_grad
+        losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places], early)
         losses = losses.new_zeros(wanted.shape).index_copy(0, places, losses)
     else:
-        losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0)) * wanted
+        losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0), False) * wanted
     return losses.view(labels.shape), wanted.sum()
 
 

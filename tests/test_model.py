@@ -312,6 +312,77 @@ def test_packed_row_equals_documents_apart(model):
     torch.testing.assert_close(packed.loss, losses.sum() / (3 + 0 + 8))
 
 
+MASKS = {
+    "documents": [[1] * 4 + [2] + [3] * 7, [1] * 12],
+    "padding behind and before": [[0] * 3 + [1] * 9, [1] * 5 + [2] * 3 + [0] * 4],
+    "nothing but padding": [[0] * 12, [1] * 12],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_document_bounds_see_what_the_mask_sees(name):
+    """Real tokens: the runs of places, causal, are exactly the mask over T x T places."""
+    mask = torch.tensor(MASKS[name])
+    bounds = model_minimind.document_bounds(mask)
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == mask.numel()
+    run = torch.bucketize(torch.arange(mask.numel()), bounds, right=True).view(mask.shape)
+    seen = (run[:, :, None] == run[:, None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = model_minimind.visible_keys(mask, 12)[:, 0]
+    assert torch.equal(seen[mask > 0], expected[mask > 0])
+    assert not (run[0][:, None] == run[1][None]).any()  # no run reaches into the next row
+
+
+def test_padding_inside_a_document_has_no_bounds():
+    assert model_minimind.document_bounds(torch.tensor([[1] * 4, [1, 0, 1, 1]])) is None
+    assert model_minimind.document_bounds(torch.tensor([[2, 0, 0, 2], [1] * 4])) is None
+    assert model_minimind.document_bounds(torch.tensor([[1, 0, 0, 2], [1] * 4])) is not None
+
+
+def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What varlen_attn is documented to compute, document by document: (N, H, d) -> (N, H, d)."""
+    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and q.shape == k.shape == v.shape
+    assert max_q == max_k >= cu_seq_q.diff().max()
+    parts = zip(*(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for x in (q, k, v)), strict=True)
+    return torch.cat([plain_attention(*(x[None] for x in part), None, True, 0.0)[0] for part in parts], 1).transpose(
+        0, 1
+    )
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_by_documents_equals_the_mask(monkeypatch, name, way):
+    """Values and gradients, by the loop of a CPU and by the call of a GPU's kernel, a stand-in taking its place."""
+    mask = torch.tensor(MASKS[name])
+    q, k, v = (torch.randn(2, 12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    weights = torch.randn(2, 12, 4, 8) * (mask > 0)[..., None, None]
+    expected = plain_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), model_minimind.visible_keys(mask, 12), False, 0.0
+    )
+    monkeypatch.setattr(model_minimind, "varlen_attn", varlen_on_cpu)
+    bounds = model_minimind.document_bounds(mask)
+    out = model_minimind.document_attention(q, k, v, bounds, 0.0, by_kernel=way == "cuda")
+    torch.testing.assert_close(out[mask > 0], expected.transpose(1, 2)[mask > 0], **CLOSE)
+    got = torch.autograd.grad((out * weights).sum(), [q, k, v])
+    wanted = torch.autograd.grad((expected.transpose(1, 2) * weights).sum(), [q, k, v])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_training_on_packed_rows_builds_no_mask(monkeypatch):
+    """No T x T mask where attention takes documents; with a cache, or padding inside a document, it is needed."""
+    built = []
+    visible_keys = model_minimind.visible_keys
+    monkeypatch.setattr(model_minimind, "visible_keys", lambda *keys: built.append(1) or visible_keys(*keys))
+    model, ids = make_model().train(), random_ids(2, 12)
+    for mask in MASKS.values():
+        model(ids, attention_mask=torch.tensor(mask), labels=ids)
+    assert not built
+    model(ids, attention_mask=torch.tensor([[1] * 12, [1] * 4 + [0] + [1] * 7]), labels=ids)
+    assert len(built) == 1
+    model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    assert len(built) == 2
+
+
 def test_holes_do_not_advance_positions(model):
     """Padding inside a document (a padded prompt, then a response) is as if it were not there."""
     ids = random_ids(1, 9)
@@ -467,16 +538,78 @@ def test_losses_and_gradients_for_any_token_weights(monkeypatch, chunk, on_cpu_p
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-def test_loss_against_float64_finite_differences():
+@pytest.mark.parametrize("early", [True, False])
+def test_loss_against_float64(early):
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
     targets = torch.tensor([0, 8, 3, 3, 1])
-    losses = LinearCrossEntropy.apply(hidden, weight, targets)
+    losses = LinearCrossEntropy.apply(hidden, weight, targets, early)
     grad = torch.autograd.grad(losses[1] * 2 - losses[3], [hidden, weight])
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact = F.cross_entropy(h @ w.t(), targets, reduction="none")
     for a, b in zip(grad, torch.autograd.grad(exact[1] * 2 - exact[3], [h, w]), strict=True):
         torch.testing.assert_close(a.double(), b, **CLOSE)
+
+
+@pytest.mark.parametrize("weight, products", [(1.0, 3), (None, 6)])
+def test_equal_weights_compute_the_logits_once(weight, products):
+    """Three products of the head a chunk; three more only where the tokens' losses are weighted differently."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, matrix = (torch.randn(n, 16, requires_grad=True) for n in (40, 64))
+    weights = torch.rand(40) if weight is None else torch.full((40,), weight)
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        losses = LinearCrossEntropy.apply(hidden.bfloat16(), matrix.bfloat16(), torch.arange(40), True)
+        (losses * weights).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 40 * 16 * 64
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = make_model()
+        model.config.num_hidden_layers, model.model.layers = 0, torch.nn.ModuleList()
+        model(random_ids(1, 9), labels=random_ids(1, 9), return_logits=False)
+    assert counter.get_total_flops() == 2 * 8 * 64 * 97  # no gradient is wanted, none is computed
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_frozen_head_gets_no_gradient(early):
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6)
+    LinearCrossEntropy.apply(hidden, weight, torch.arange(5), early).sum().backward()
+    assert hidden.grad.abs().sum() > 0 and weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_backward_passes_equal_autograd(dtype):
+    """RMSNorm and the rotation against the plain formulas, in float64."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(2, 5, 3, 8), torch.randn(8), torch.randn(2, 5, 3, 8)
+    cos, sin = torch.randn(2, 5, 1, 4), torch.randn(2, 5, 1, 4)
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+    def turn(x, weight):
+        a, b = (x * weight).chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    ours = {
+        norm: lambda x, weight: model_minimind.Normalise.apply(x, weight, 1e-5, dtype),
+        turn: lambda x, weight: model_minimind.Rotate.apply(x * weight, torch.cat((cos, cos), -1), sin),
+    }
+    for formula, own in ours.items():
+        inputs = [each.clone().requires_grad_() for each in (x, weight)]
+        exact = [each.double().requires_grad_() for each in (x, weight)]
+        out, expected = own(*inputs), formula(*exact)
+        close = {"atol": 1e-5, "rtol": 1e-5} if out.dtype == torch.float32 else {"atol": 5e-2, "rtol": 2e-2}
+        torch.testing.assert_close(out.double(), expected, **close)
+        for a, b in zip(
+            torch.autograd.grad(out, inputs, grad.to(out.dtype)),
+            torch.autograd.grad(expected, exact, grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(
+                a.double(),
+                b,
+                **(close if a.dtype == torch.float32 and dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}),
+            )
 
 
 def test_half_precision_loss_matches_naive():

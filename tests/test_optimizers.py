@@ -6,7 +6,8 @@ from torch import nn
 
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
-from trainer.optimizers import MuonAdamW, build_optimizer, newton_schulz
+from trainer import optimizers
+from trainer.optimizers import MuonAdamW, build_optimizer, by_gram, by_matrix, newton_schulz
 
 SHAPES = [(16, 16), (16, 16), (8, 24), (24, 8)]
 
@@ -50,6 +51,64 @@ def test_newton_schulz_makes_singular_values_equal(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(newton_schulz(torch.randn(shape)).float())
     assert values.max() < 1.35 and values.median() > 0.6
+
+
+@pytest.mark.parametrize("rank", [24, 3])
+def test_gram_form_equals_the_plain_form(rank):
+    """Also for a matrix of low rank, whose Gram matrix has eigenvalues of nothing but rounding."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, rank) @ torch.randn(2, rank, 72)
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    exact = by_matrix(x.double(), 5)
+    torch.testing.assert_close(by_gram(x.double(), 5), exact, atol=1e-9, rtol=0)
+    assert exact.abs().max() > 0.1
+    torch.testing.assert_close(by_gram(x, 5).double(), exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, way",
+    [((24, 64), torch.float32, "by_gram"), ((64, 24), torch.float32, "by_gram"), ((24, 32), torch.float32, "by_matrix"),
+     ((24, 64), torch.bfloat16, "by_matrix")],
+)  # fmt: skip
+def test_the_way_with_fewer_products_is_taken(monkeypatch, shape, dtype, way):
+    """And never the Gram matrix in bfloat16, which has no room for squared singular values."""
+    taken = []
+    for name in ("by_gram", "by_matrix"):
+        form = getattr(optimizers, name)
+        monkeypatch.setattr(
+            optimizers, name, lambda x, steps, form=form, name=name: taken.append(name) or form(x, steps)
+        )
+    newton_schulz(torch.randn(1, *shape), dtype)
+    assert taken == [way]
+
+
+def test_one_kernel_for_all_parameters_of_adamw():
+    """Not several launches for each norm, router and embedding."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4))
+    optimizer = build_optimizer(model, "muon", 1e-3, 0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    group = next(group for group in optimizer.param_groups if not group["muon"])
+    with torch.profiler.profile() as profile:
+        optimizer.adamw_step(group["params"], group)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert len(group["params"]) == 10 and calls["aten::_fused_adamw_"] == 1
+    assert not {"aten::mul_", "aten::addcmul_", "aten::addcdiv_", "aten::lerp_", "aten::sqrt"} & set(calls)
+
+
+def test_a_parameter_without_gradient_keeps_its_own_step():
+    ours, theirs = two_copies([(7,), (5, 3)])
+    optimizer = MuonAdamW([{"params": ours}], lr=0.01)
+    reference = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95))
+    for active in (slice(0, 2), slice(1, 2), slice(0, 2)):
+        optimizer.zero_grad()
+        reference.zero_grad()
+        run_steps(ours[active], theirs[active], optimizer, reference, steps=1)
+    assert [optimizer.state[p]["step"] for p in ours] == [2, 3]
+    assert set(optimizer.state[ours[0]]) == {"step", "mean", "square"}
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
 def test_state_survives_a_round_trip():

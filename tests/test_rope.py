@@ -13,10 +13,10 @@ from model.errors import UsageError
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import (
     MiniMindForCausalLM,
+    Rotate,
     positions_from_mask,
     rotary_frequencies,
     rotary_tables,
-    rotate,
     visible_keys,
 )
 
@@ -60,8 +60,8 @@ def test_tables_equal_transformers(theta, scaling):
     cos_llama, sin_llama = LlamaRotaryEmbedding(llama_config(config))(torch.zeros(1), positions)
     half = config.head_dim // 2
     torch.testing.assert_close(cos[:, :, 0], cos_llama, atol=1e-4, rtol=0)  # angles up to 1500 radians in float32
-    torch.testing.assert_close(sin[:, :, 0, half:], sin_llama[..., half:], atol=1e-4, rtol=0)
-    torch.testing.assert_close(sin[:, :, 0, :half], -sin_llama[..., :half], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[:, :, 0], sin_llama[..., half:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[:, :, 0], sin_llama[..., :half], atol=1e-4, rtol=0)
 
 
 def test_yarn_logits_equal_llama():
@@ -121,6 +121,14 @@ def test_rope_scaling_is_checked():
             MiniMindConfig(rope_scaling=scaling)
 
 
+def test_gradient_of_the_rotation():
+    """The backward pass is the turn back, attention factor included."""
+    config = MiniMindConfig(hidden_size=32, num_attention_heads=4, inference_rope_scaling=True)
+    tables = rotary_tables(config, torch.tensor([[0, 3, 900]]), torch.float64)
+    x = torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, *tables), x)
+
+
 def test_rotate_depends_on_distance_alone():
     torch.manual_seed(0)
     config = MiniMindConfig(**SIZES)
@@ -128,12 +136,12 @@ def test_rotate_depends_on_distance_alone():
 
     def score(i, j):
         cos, sin = rotary_tables(config, torch.tensor([[i, j]]), torch.float64)
-        return (rotate(q, cos[:, :1], sin[:, :1]) * rotate(k, cos[:, 1:], sin[:, 1:])).sum().item()
+        return (Rotate.apply(q, cos[:, :1], sin[:, :1]) * Rotate.apply(k, cos[:, 1:], sin[:, 1:])).sum().item()
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(4, 9), abs=1e-3)
     cos, sin = rotary_tables(config, torch.tensor([[7]]), torch.float64)
-    assert rotate(q, cos, sin).norm() == pytest.approx(q.norm().item(), abs=1e-5)
+    assert Rotate.apply(q, cos, sin).norm() == pytest.approx(q.norm().item(), abs=1e-5)
 
 
 def test_tables_take_the_dtype_of_the_activations():
