@@ -31,6 +31,7 @@ from dataset.chat import EncodedConversation, encode_conversations, validate_con
 from model.errors import InputError
 
 IGNORED = -100
+BLANK = -1  # number of a row of padding, for a process that has no row left in a step
 FORMAT_VERSION = 1  # part of the cache key: raise it when the meaning of a cached file changes
 ROWS_PER_READ = 1024
 
@@ -136,11 +137,15 @@ class TokenCache:
     line of the file that each came from, (documents,)."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text())
         self.ids = np.memmap(folder / "ids.bin", dtype=self.meta["dtype"], mode="r")
         self.targets = np.memmap(folder / "targets.bin", dtype=bool, mode="r") if self.meta["masked"] else None
         self.bounds = np.load(folder / "bounds.npy")
         self.lines = np.load(folder / "lines.npy")
+
+    def __reduce__(self):
+        return TokenCache, (self.folder,)  # a loader's worker process maps the files again instead of copying them
 
 
 def file_hash(path: str | Path) -> str:
@@ -276,7 +281,7 @@ class PackedDataset(Dataset):
         labels = np.full(self.max_seq_len, IGNORED, np.int64)
         attention_mask = np.zeros(self.max_seq_len, np.int64)
         begin = 0
-        for number, piece in enumerate(self.pieces_of(index), start=1):
+        for number, piece in enumerate(self.pieces_of(index) if index != BLANK else (), start=1):
             source = slice(self.piece_starts[piece], self.piece_starts[piece] + self.piece_lengths[piece])
             place = slice(begin, begin + self.piece_lengths[piece])
             input_ids[place] = self.cache.ids[source]

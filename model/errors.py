@@ -15,15 +15,15 @@ class UsageError(InputError):
 
 
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
-    """Run main(parse_args()); end with one sentence and exit code 1 (data, files), 2 (usage) or 130 (Ctrl-C).
+    """Run main(parse_args()); end with one sentence and exit 1 (data, files), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
 
     Programming errors keep their traceback; --debug keeps it for every error.
     """
     args = parse_args()
     try:
         main(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(getattr(interrupt, "exit_code", 130))
     except (InputError, OSError) as error:
         if getattr(args, "debug", False):
             raise

@@ -65,11 +65,15 @@ def save_weights(
     data_path: str | Path,
     data_hash: str,
     trained_length: int,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the weights in half precision and their JSON; a failure leaves the former files as they were."""
+    """Write the weights in half precision and their JSON; a failure leaves the former files as they were.
+
+    state: the values by parameter name where the model itself does not hold them whole (DeepSpeed).
+    """
     path = Path(path)
     model = unwrap(model)
-    state = half_precision(model.state_dict(), path)
+    state = half_precision(model.state_dict() if state is None else with_tied(state, model), path)
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     info = {
         "format": FORMAT,
@@ -83,6 +87,13 @@ def save_weights(
     }
     text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
     write_files({path: lambda f: torch.save(state, f), path.with_suffix(".json"): lambda f: f.write(text.encode())})
+
+
+def with_tied(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Values by parameter name, where tied weights stand once, as a state dict, where each name has its entry."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: state[first[id(parameter)]] for name, parameter in every}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

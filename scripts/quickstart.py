@@ -28,7 +28,8 @@ from dataset.lm_dataset import read_jsonl
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer
 from scripts.make_demo_data import ensure_demo_data
-from trainer.trainer_utils import MAX_SEED, ROOT, boolean, number, pick_device
+from trainer.devices import pick_device
+from trainer.flags import MAX_SEED, ROOT, boolean, number
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
 SHOWN = 12  # sample answers in the report

@@ -18,6 +18,7 @@ from model.errors import run_script as run_in_process
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
+from trainer.checkpoint import read_checkpoint
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2"]
 COMMON = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--max_steps=2"]
@@ -359,16 +360,20 @@ def test_disk_full_while_data_is_tokenised(room, home, capsys, monkeypatch):
     assert len(list((home / "out" / "cache").iterdir())) == 2  # those of the earlier runs
 
 
-def test_a_real_disk_fills_up(home, capsys, small_disk):
-    """Room for the weights once, not for the new ones beside the old ones."""
-    place = small_disk("size=1500k")
+@pytest.mark.parametrize(("size", "replaced"), [("7m", []), ("9m", ["pretrain_64.pth"])])
+def test_a_real_disk_fills_up(size, replaced, home, capsys, small_disk):
+    """Room for one run (1 MB of weights, 5.6 MB of checkpoint), not for new weights, or not for a checkpoint."""
+    place = small_disk(f"size={size}")
     out = place / "out"
     module = importlib.import_module("trainer.train_pretrain")
     flags = pretrain(home, f"--out_dir={out}", "--save_interval=2")
     module.main(module.parse_args(flags))
-    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    before = {path: path.read_bytes() for path in [*out.glob("*.*"), *out.glob("checkpoints/*")]}
+    assert len(before) == 3
     assert "disk is full" in fails(capsys, home, "trainer.train_pretrain", [*flags, "--seed=1"])
-    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+    assert sorted(path.name for path in before if path.read_bytes() != before[path]) == replaced
+    loading.load_model(out / "pretrain_64.pth")
+    read_checkpoint(out / "checkpoints" / "pretrain_64_resume.pth")
     assert not list(out.rglob("*.tmp"))
 
 

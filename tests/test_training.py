@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,11 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.trainer_utils import (
-    batch_rows,
-    build_model,
-    count_steps,
-    evaluate,
-    learning_rate_at,
-    pick_dtype,
-    training_steps,
-)
+from trainer.devices import pick_dtype
+from trainer.engine import Engine
+from trainer.run_log import RunLog
+from trainer.steps import count_steps, evaluate, learning_rate_at, split_rows, training_steps
+from trainer.trainer_utils import Run, build_model
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
 SEQ = 64
@@ -88,13 +85,10 @@ def dataset_of(script, data, tokenizer, tmp_path, seed=42, **keys):
     return kind(data_of(script, data), tokenizer, SEQ, tmp_path / "cache", seed=seed, **keys)
 
 
-def fake_run(batch_size=2, accumulation_steps=1, **keys):
-    """As much of a Run as the batches and the evaluation ask for."""
-    args = SimpleNamespace(num_workers=0, accumulation_steps=accumulation_steps, max_steps=None, epochs=1, **keys)
-    return SimpleNamespace(
-        args=args, device=torch.device("cpu"), batch_size=batch_size, tokens=0, steps_begun=0, logged_at=0.0,
-        autocast=torch.no_grad,
-    )  # fmt: skip
+def new_run(out_dir, *flags):
+    """A Run that has written nothing and trained nothing."""
+    flags = [*TINY, f"--max_seq_len={SEQ}", f"--out_dir={out_dir}", *flags]
+    return Run(train_pretrain.parse_args(flags), "pretrain")
 
 
 def weights_of(model):
@@ -176,14 +170,16 @@ def nats_by_hand(model, row):
 
 def test_every_row_once_in_each_epoch_and_no_window_over_its_border(data, tokenizer, tmp_path):
     dataset = dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False)  # 22 rows
-    run = fake_run(batch_size=3, accumulation_steps=3)
+    run = new_run(tmp_path, "--batch_size=3", "--accumulation_steps=3", "--epochs=1")
     per_epoch = count_steps(dataset, run)
     assert per_epoch == 3  # micro-batches 3 3 3 | 3 3 3 | 3 1
+    run.logs.open("pretrain_64", 2 * per_epoch)
     seen, windows, steps = [], [], []
-    for step, window in training_steps(dataset, run, 2 * per_epoch):
-        steps.append(step)
-        windows.append([len(batch.rows) for batch in window])
-        seen.append([tuple(ids.tolist()) for batch in window for ids in batch.inputs["input_ids"]])
+    for step in training_steps(dataset, run, 2 * per_epoch):
+        steps.append(step.number)
+        windows.append([len(batch.rows) for batch in step.batches])
+        assert step.rows == sum(windows[-1]) and step.targets == sum(batch.targets for batch in step.batches)
+        seen.append([tuple(ids.tolist()) for batch in step.batches for ids in batch.inputs["input_ids"]])
     assert steps == [1, 2, 3, 4, 5, 6]
     assert windows == [[3, 3, 3], [3, 3, 3], [3, 1]] * 2
     all_rows = sorted(tuple(dataset[i]["input_ids"].tolist()) for i in range(len(dataset)))
@@ -197,9 +193,7 @@ def test_max_steps_wins_over_epochs(data, tokenizer, tmp_path):
     flags = ["--packing=0", "--batch_size=8"]  # 22 rows: 3 steps an epoch
     assert train(train_pretrain, tmp_path / "a", path, *flags, "--epochs=5", "--max_steps=2").log[-1]["step"] == 2
     assert train(train_pretrain, tmp_path / "b", path, *flags, "--epochs=1", "--max_steps=5").log[-1]["step"] == 5
-    args = train_pretrain.parse_args(["--epochs=4", "--packing=0", "--accumulation_steps=1"])
-    run = fake_run(batch_size=8)
-    run.args = args
+    run = new_run(tmp_path / "c", "--epochs=4", "--batch_size=8")
     assert count_steps(dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False), run) == 12
 
 
@@ -214,6 +208,13 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
     assert (
         rates[-1] == pytest.approx(2.0 / 40) and learning_rate_at(101, 100, 2.0, 0.1) == 0
     )  # zero is one step further
+
+
+def test_learning_rate_between_whole_steps_stays_between_theirs():
+    """A resumed run with another batch size stands there."""
+    whole = [learning_rate_at(step, 100, 2.0, 0.1) for step in range(1, 101)]
+    for step, (before, after) in enumerate(pairwise(whole), start=1):
+        assert min(before, after) <= learning_rate_at(step + 0.3, 100, 2.0, 0.1) <= max(before, after)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 1000])
@@ -272,7 +273,7 @@ def test_evaluate_equals_a_direct_computation(script, data, tokenizer, tmp_path)
     n_bytes = sum(len(text.encode()) for text in texts)  # the end token is no text
     for batch_size in (1, 3, 64):
         model.train()
-        meters = evaluate(model, dataset, fake_run(batch_size), loss_sum, tokenizer)
+        meters = evaluate(model, dataset, new_run(tmp_path, f"--batch_size={batch_size}"), loss_sum, tokenizer)
         assert model.training
         assert meters["val_loss"] == pytest.approx(nats / targets, rel=1e-5)
         assert meters["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
@@ -296,8 +297,9 @@ def test_log_curve_and_weights(script, data, tmp_path, tokenizer):
     dataset = dataset_of(script, data, tokenizer, tmp_path, packing=False)
     rows = [dataset[i] for i in range(len(dataset))]
     real = [int((row["attention_mask"] > 0).sum()) for row in rows]
-    batches = [sum(real[i] for i in numbers) for numbers in batch_rows(dataset, 8)]
-    assert run.log[0]["tokens"] == batches[0] < 8 * SEQ  # padding is no token
+    first_step = next(split_rows(range(len(dataset)), per_step=8, batch_size=8))
+    assert first_step == [list(range(8))]
+    assert run.log[0]["tokens"] == sum(real[:8]) < 8 * SEQ  # padding is no token
     if script is train_pretrain:  # three steps are the epoch: all text, a start and an end token a document
         ids = tokenizer(TEXTS, add_special_tokens=False).input_ids
         assert run.log[-1]["tokens"] == sum(map(len, ids)) + 2 * len(TEXTS)
@@ -324,7 +326,7 @@ def test_a_second_run_starts_its_log_anew(data, tmp_path):
 def test_intervals(data, tmp_path):
     flags = ["--max_steps=7", "--log_interval=2", "--eval_interval=3", "--save_interval=5"]
     saved_at = []
-    with mock.patch.object(train_pretrain, "save", lambda model, run, train_set: saved_at.append(run.steps_begun)):
+    with mock.patch.object(train_pretrain, "save", lambda engine, run, train_set: saved_at.append(run.step)):
         log = train(train_pretrain, tmp_path, data / "texts.jsonl", *flags).log
     assert [r["step"] for r in log] == [2, 3, 4, 6, 7]
     assert [r["step"] for r in log if "val_loss" in r] == [3, 6, 7]
@@ -345,6 +347,8 @@ def poison(when):
 
     def poisoned(self, input_ids, **keys):
         out = forward(self, input_ids, **keys)
+        if keys["labels"] is input_ids:  # the probe of the memory that a step will need
+            return out
         calls[0] += 1
         bad = torch.as_tensor(when(calls[0], input_ids)).expand(len(input_ids))
         out.token_losses = out.token_losses * torch.where(bad, math.nan, 1.0)[:, None]
@@ -419,14 +423,47 @@ def test_nine_bad_steps_do_not_end_the_run(data, tmp_path):
     assert log[-1]["step"] == 20 and log[-1]["skipped_steps"] == 18
 
 
+def interrupt_at(call, signal_number=signal.SIGINT):
+    """Send this process a signal while the learning rate of the call-th step is set."""
+    calls = [0]
+
+    def set_learning_rate(optimizer, rate):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal_number)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    return mock.patch.object(train_pretrain, "set_learning_rate", set_learning_rate)
+
+
+def ends(*flags):
+    """The exit code of a pretraining in this process."""
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: train_pretrain.parse_args([*TINY, "--max_seq_len=64", *flags]), train_pretrain.main)
+    return ended.value.code
+
+
 def test_interrupt_before_anything_was_learned_leaves_earlier_weights_alone(data, tmp_path):
     train(train_pretrain, tmp_path, data / "texts.jsonl", "--max_steps=2")
-    before = (tmp_path / "pretrain_64.pth").read_bytes()
-    with mock.patch.object(train_pretrain, "set_learning_rate", side_effect=KeyboardInterrupt):
-        flags = [*TINY, "--max_seq_len=64", "--max_steps=2", f"--data_path={data / 'texts.jsonl'}"]
-        with pytest.raises(KeyboardInterrupt):
-            train_pretrain.main(train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"]))
-    assert (tmp_path / "pretrain_64.pth").read_bytes() == before
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pth")}
+    assert len(before) == 2
+    start_clock = RunLog.start_clock
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        start_clock(*args)
+
+    with mock.patch.object(RunLog, "start_clock", interrupted):
+        assert ends("--max_steps=2", "--seed=1", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}") == 130
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == before
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path):
+    with interrupt_at(3), mock.patch.object(train_pretrain.Run, "add_losses", lambda *_: os.kill(os.getpid(), 2)):
+        flags = ["--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
+        assert ends(*flags) == 130
+    assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_path):
@@ -455,21 +492,17 @@ def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_pat
     assert rows == [4, 4, 7]
 
 
-def test_interrupt_keeps_the_weights(data, tmp_path):
-    def interrupted(*args):
-        for step, window in training_steps(*args):
-            if step == 4:
-                raise KeyboardInterrupt
-            yield step, window
-
-    flags = [*TINY, "--max_seq_len=64", "--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}"]
-    flags += [f"--out_dir={tmp_path}"]
-    with mock.patch.object(train_pretrain, "training_steps", interrupted), pytest.raises(SystemExit) as ended:
-        run_script(lambda: train_pretrain.parse_args(flags), train_pretrain.main)
-    assert ended.value.code == 130
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_finishes_the_step_and_keeps_the_weights(number, code, data, tmp_path, capsys):
+    flags = ["--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
+    with interrupt_at(4, number):
+        assert ends(*flags) == code
     model, info = load_model(tmp_path / "pretrain_64.pth")
-    assert info["tokens_seen"] >= read_log(tmp_path, train_pretrain)[-1]["tokens"] > 0
+    log = read_log(tmp_path, train_pretrain)
+    assert log[-1]["step"] == 4 and info["tokens_seen"] == log[-1]["tokens"] > 0
     assert torch.isfinite(weights_of(model)).all() and not list(tmp_path.rglob("*.tmp"))
+    assert "--from_resume 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
 
 
 def test_memory_exhausted_names_the_setting(data, tmp_path, capsys):
@@ -564,6 +597,22 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(data, tmp_path)
     losses = [[record["loss"] for record in run.log] for run in (exact, rough)]
     assert losses[0][0] != losses[1][0]  # before the first update: the forward pass itself was rougher
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaler_and_autocast_are_those_of_the_dtype(dtype, tmp_path):
+    """A scaler for float16 alone; matrix products in what was asked for, gradients and weights in float32."""
+    run = new_run(tmp_path)
+    run.dtype = dtype
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), run, compiled=False)
+    assert engine.scaler.is_enabled() is (dtype == torch.float16)
+    products = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: products.append(out.dtype))
+    ids = torch.arange(16)[None]
+    engine.backward(engine(input_ids=ids, labels=ids, return_logits=False).token_losses.sum())
+    assert products == [dtype]
+    assert {p.grad.dtype for p in model.parameters()} == {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_compiled_run_has_the_same_losses(data, tmp_path):

@@ -21,24 +21,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
-from model.errors import run_script
 from model.loading import load_tokenizer
+from trainer.distributed import local_main_first
+from trainer.flags import common_parser
 from trainer.optimizers import build_optimizer
-from trainer.trainer_utils import (
-    Run,
-    build_model,
-    common_parser,
+from trainer.steps import (
     count_steps,
     evaluate,
     is_due,
     learning_rate_at,
-    maybe_compile,
     peak_expert_load,
-    resolve_data,
-    save,
     set_learning_rate,
     training_steps,
-)  # fmt: skip
+)
+from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
 
 
 def answer_loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -63,55 +59,53 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Data: packed rows of whole conversations, labels on the answers
     train_path, val_path = resolve_data(args, "sft_mini_512.jsonl", "sft.jsonl")
-    train_set, val_set = (
-        path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
-        for path in (train_path, val_path)
-    )
+    with local_main_first():
+        train_set, val_set = (
+            path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
+            for path in (train_path, val_path)
+        )
     total_steps = count_steps(train_set, run)
     run.describe(model, train_set, total_steps)
 
-    # 4. Optimizer
+    # 4. Optimizer; the engine replicates the model over the processes of the launch
     optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    net = maybe_compile(model, run, total_steps)
+    engine = make_engine(model, optimizer, run, total_steps)
+    run.begin(engine, train_set, total_steps)
 
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens
-    with run.save_on_interrupt(lambda: save(model, run, train_set)):
-        for step, window in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step, total_steps, run.learning_rate, args.warmup_ratio)
+    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    with run.guard(lambda: save(engine, run, train_set)):
+        for step in training_steps(train_set, run, total_steps):
+            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
             set_learning_rate(optimizer, learning_rate)
 
-            targets = max(sum(batch.targets for batch in window), 1)
-            for batch in window:
-                with run.autocast():
-                    output = net(**batch.inputs, return_logits=False)
-                loss = output.token_losses.sum() / targets
-                run.add_losses(batch, output.token_losses, targets)
-                if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
-                    loss = loss + output.aux_loss / len(window)
-                run.scaler.scale(loss).backward()
+            for batch in step.batches:
+                with engine.micro_step(last=batch is step.batches[-1]):
+                    output = engine(**batch.inputs, return_logits=False)
+                    loss = output.token_losses.sum() / step.targets
+                    run.add_losses(batch, output.token_losses, step.targets)
+                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
+                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
+                    engine.backward(loss)
 
-            run.scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            grad_norm = engine.clip_grad_norm(args.grad_clip)
             if run.accept_step(grad_norm, train_set):
-                run.scaler.step(optimizer)
-            run.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                engine.step()
+            engine.zero_grad()
 
-            # 6. Log, evaluate, save
-            evaluating = is_due(step, args.eval_interval, total_steps)
-            if evaluating or step % args.log_interval == 0:
+            # 6. Evaluate, log, save: what a checkpoint holds has been told
+            evaluating = is_due(step.number, args.eval_interval, total_steps)
+            if evaluating or step.number % args.log_interval == 0:
                 meters = {"loss": run.mean_loss(), "lr": learning_rate, "grad_norm": float(grad_norm)}
                 if output.expert_load is not None:
                     meters["peak_expert_load"] = peak_expert_load(output.expert_load)
                 if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, answer_loss, tokenizer, step == total_steps)
-                run.log(step, total_steps, meters)
-            if is_due(step, args.save_interval, total_steps):
-                path = save(model, run, train_set)
+                    meters |= evaluate(model, val_set, run, answer_loss, tokenizer, step.number == total_steps)
+                run.log(step.number, meters)
+            if is_due(step.number, args.save_interval, total_steps):
+                save(engine, run, train_set)
 
-    run.plot()
-    print(f"wrote {path}; try: python eval_model.py --model_mode 1 --weight {path}")
+    print(f"wrote {run.weights}; try: python eval_model.py --model_mode 1 --weight {run.weights}")
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_training(parse_args, main)

@@ -1,0 +1,87 @@
+"""The estimate of a run's memory, against what a step takes, and the refusal of what cannot fit."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Training, measure_memory
+
+from model.errors import run_script
+from model.LMConfig import MiniMindConfig
+from model.model_minimind import MiniMindForCausalLM
+from trainer import memory, train_pretrain
+from trainer.trainer_utils import Run
+
+CPU = ["--device=cpu", "--dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng, words = (
+        random.Random(0),
+        ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain"],
+    )
+    rows = [{"text": " ".join(rng.choice(words) for _ in range(300))} for _ in range(90)]
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
+@pytest.mark.parametrize("more", [["--batch_size=64"], ["--batch_size=16"], ["--batch_size=16", "--use_moe"]])
+def test_estimate_is_near_the_peak_of_a_step(more, data, tmp_path):
+    flags = [*CPU, "--hidden_size=128", "--num_hidden_layers=4", "--max_seq_len=256", "--max_steps=2"]
+    flags += [f"--data_path={data}", f"--out_dir={tmp_path}", "--accumulation_steps=1", *more]
+    path = tmp_path / "memory.json"
+    run = Training("pretrain", flags, tmp_path / "run", hook=(measure_memory, path))
+    assert run.wait() == [0], run.err()
+    estimate, measured = json.loads(path.read_text())
+    assert measured > 100 * 2**20
+    assert 0.6 < estimate / measured < 1.7
+
+
+def test_what_cannot_fit_is_refused_with_what_would(data, tmp_path, monkeypatch, capsys):
+    flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", f"--data_path={data}"]
+    flags += [f"--out_dir={tmp_path}", "--batch_size=512", "--accumulation_steps=2", "--max_steps=1"]
+    kept = {name: tmp_path / name for name in ("pretrain_64.pth", "pretrain_64.json")}
+    for path in kept.values():
+        path.write_text("of an earlier run")
+    monkeypatch.setattr(memory, "free_memory", lambda device: 300 * 2**20)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: train_pretrain.parse_args(flags), train_pretrain.main)
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert "pretrain 1/" not in out and err.startswith("error: batch size 512 with rows of 64 needs about")
+    assert all(path.read_text() == "of an earlier run" for path in kept.values())
+    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("*_resume.pth"))
+    rows, accumulation = map(int, re.search(r"--batch_size (\d+) --accumulation_steps (\d+) would fit", err).groups())
+    assert 1 < rows < 512 and rows * accumulation >= 1024 > rows * (accumulation - 1)
+    again = [*flags, f"--batch_size={rows}", f"--accumulation_steps={accumulation}", "--out_dir", str(tmp_path / "b")]
+    train_pretrain.main(train_pretrain.parse_args(again))  # what was advised is not refused
+
+
+def test_not_even_a_row(data, tmp_path, monkeypatch):
+    flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", f"--data_path={data}"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
+    with pytest.raises(memory.InputError, match="not even one row fits"):
+        train_pretrain.main(train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"]))
+
+
+def test_the_probe_leaves_no_trace(tmp_path):
+    """No gradient, no random number drawn, whatever the dropout."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, dropout=0.5)).train()
+    run = Run(train_pretrain.parse_args([*CPU, "--max_seq_len=64", f"--out_dir={tmp_path}"]), "pretrain")
+    before = torch.get_rng_state()
+    fixed, per_row = memory.estimate_memory(model, run)
+    assert fixed > 4 * sum(p.numel() for p in model.parameters()) and per_row > 64 * 64 * 4
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_free_memory_of_this_machine():
+    free = memory.free_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50

@@ -1,0 +1,50 @@
+"""Which device and which precision a script computes on."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from model.errors import UsageError
+from trainer.distributed import local_rank
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto": CUDA, else Apple's MPS, else the CPU; several processes on a machine take one GPU each."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 where the device is faster with it, else float32; float16 only where asked for."""
+    if name == "auto":
+        name = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    if name == "float16" and device.type == "cpu":
+        raise UsageError("--dtype float16 needs a GPU; on a CPU use bfloat16 or float32")
+    return DTYPES[name]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if words & {"amx_bf16", "bf16"}:  # Intel's matrix unit; ARM
+        return True
+    # Intel cores without the matrix unit have the instruction too, and are twice as slow with it as in float32.
+    return {"avx512_bf16", "AuthenticAMD"} <= words

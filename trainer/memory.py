@@ -1,0 +1,88 @@
+"""How much memory a run will need at its peak, told before its first step."""
+
+import torch
+from torch import nn
+
+from model.errors import InputError
+from model.model_minimind import LOSS_CHUNK
+from trainer.distributed import local_world_size
+
+PROBE_TOKENS = 64  # of one row; and twice as many, for what grows with them
+MARGIN = 1.1  # a run is refused only where the estimate is clearly too large
+
+
+def saved_bytes(model: nn.Module, run, tokens: int) -> int:
+    """Bytes that the forward pass of a row keeps for its backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=run.device)
+    generators = [run.device] if run.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(generators),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        run.autocast(),
+    ):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, return_logits=False)
+        total = sum(kept.values())  # while they are alive
+    del output
+    return total
+
+
+def estimate_memory(model: nn.Module, run) -> tuple[float, float]:
+    """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
+
+    Gradients and optimizer state are float32 like the weights, which are there already: Muon keeps one number a weight
+    beside the gradient, AdamW two.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    fixed = 4 * parameters * (2 if run.args.optimizer == "muon" else 3)
+    fixed += 3 * 4 * LOSS_CHUNK * model.config.vocab_size  # logits, their gradient, a copy
+    short, long = (saved_bytes(model, run, tokens) for tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
+    per_token = (long - short) / PROBE_TOKENS
+    backward = per_token / model.config.num_hidden_layers  # gradients of a layer, beside what all layers have kept
+    length = run.args.max_seq_len
+    per_row = (per_token + backward) * length + length**2  # and the boolean mask
+    return fixed + short - per_token * PROBE_TOKENS, per_row
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take; None where nobody can tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def check_memory(model: nn.Module, run) -> None:
+    """Print the estimate; InputError, with the batch size that would do, where the free memory cannot hold it."""
+    fixed, per_row = estimate_memory(model, run)
+    needed, free = fixed + per_row * run.batch_size, free_memory(run.device)
+    share = local_world_size() if run.device.type == "cpu" else 1  # processes of this machine share its memory
+    known = "" if free is None else f" of {free / 2**30:.1f} GB free"
+    print(f"memory: about {needed * share / 2**30:.1f} GB more{known}", flush=True)
+    if free is None or needed * share <= free * MARGIN:
+        return
+    rows = int((free / share - fixed) // per_row)
+    if rows < 1:
+        advice = "not even one row fits: take a smaller model or --max_seq_len"
+    else:
+        accumulation = -(-run.batch_size * run.args.accumulation_steps // rows)
+        advice = f"--batch_size {rows} --accumulation_steps {accumulation} would fit"
+    raise InputError(
+        f"batch size {run.batch_size} with rows of {run.args.max_seq_len} needs about {needed * share / 2**30:.1f} GB, "
+        f"and {free / 2**30:.1f} GB are free: {advice}"
+    )

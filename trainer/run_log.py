@@ -1,0 +1,175 @@
+"""What a run tells: progress line, JSON lines, curve, SwanLab. Only rank 0 has one that writes."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model.errors import InputError
+from model.loading import write_files
+
+
+class RunLog:
+    """The log of one run: out/logs/<name>.jsonl, <name>.png, the progress line, SwanLab where asked for.
+
+    total_steps and name are known only after the model and the data: open() comes after both.
+    """
+
+    def __init__(self, folder: Path, stage: str, device: torch.device):
+        self.folder, self.stage, self.device = folder, stage, device
+        self.records: list[dict] = []
+        self.tracker = None
+        self.writes = False  # until open(), and for ever on ranks above 0
+        self.elapsed_before = 0.0  # seconds of the run that this one resumes
+        self.started = self.logged_at = time.monotonic()
+        self.logged_tokens, self.paused = 0, 0.0
+
+    def open(self, name: str, total_steps: int, resumed_at: int = 0) -> None:
+        """Begin the file anew, or cut off what a resumed run wrote after its checkpoint at step `resumed_at`."""
+        self.path, self.total_steps, self.first_step, self.writes = (
+            self.folder / f"{name}.jsonl",
+            total_steps,
+            resumed_at,
+            True,
+        )
+        self.records = [r for r in read_records(self.path) if r["step"] <= resumed_at] if resumed_at else []
+        write_records(self.path, self.records)
+
+    def start_clock(self, tokens: int) -> None:
+        """Training begins now: what came before is not in tokens_per_s and ETA."""
+        self.logged_at, self.logged_tokens = time.monotonic(), tokens
+        self.training_from = self.logged_at
+
+    def pause(self, seconds: float) -> None:
+        """Seconds that were not spent on training."""
+        self.logged_at += seconds
+        self.paused += seconds
+
+    def elapsed(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def write(self, step: int, tokens: int, meters: dict[str, float], skipped_steps: int) -> None:
+        """One JSON line (step, tokens, meters, tokens_per_s, elapsed_s, peak_memory_mb) and a progress line."""
+        now = time.monotonic()
+        record = {"step": step, "tokens": tokens, **meters}
+        if tokens > self.logged_tokens:
+            record["tokens_per_s"] = round((tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9), 1)
+        record |= {"elapsed_s": round(self.elapsed(), 2), "peak_memory_mb": peak_memory_mb(self.device)}
+        if skipped_steps:
+            record["skipped_steps"] = skipped_steps
+        self.logged_at, self.logged_tokens = now, tokens
+        if not self.writes:
+            return
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}  # NaN would be no JSON
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        if self.tracker:
+            self.tracker.log({key: value for key, value in record.items() if value is not None}, step=step)
+        shown = "  ".join(
+            f"{key} {format_meter(key, value)}" for key, value in record.items() if key not in ("step", "tokens")
+        )
+        eta = (self.total_steps - step) * (now - self.training_from) / max(step - self.first_step, 1)
+        print(f"{self.stage} {step}/{self.total_steps}  {shown}  eta {clock(eta)}", flush=True)
+
+    def estimate(self, step: int, seconds: float) -> None:
+        """Say after the first steps, of `seconds` each, how long the run will take and what memory it needed."""
+        left = (self.total_steps - step) * seconds
+        print(
+            f"{seconds:.2f} s a step: about {clock(left)} for the {self.total_steps - step:,} steps to come, "
+            f"evaluations not counted; peak memory so far {peak_memory_mb(self.device):,} MB",
+            flush=True,
+        )
+
+    def track(self, project: str, name: str, config: dict) -> None:
+        """Send the log to SwanLab too: online where an account is logged in, else into a folder beside the log."""
+        try:
+            import swanlab
+        except ImportError:
+            raise InputError("--use_wandb needs swanlab: pip install swanlab") from None
+        mode = os.environ.get("SWANLAB_MODE") or ("online" if swanlab.Settings().api_key else "offline")
+        folder = self.folder / "swanlab"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tracker = swanlab
+        swanlab.init(project=project, name=name, config=config, mode=mode, log_dir=str(folder))
+        print(f"SwanLab: {mode}, project {project}" + ("" if mode == "online" else f", in {folder}"))
+
+    def close(self) -> None:
+        """Draw the curve and end the tracker."""
+        if self.writes and self.records:
+            self.plot()
+        if self.tracker:
+            self.tracker.finish()
+            self.tracker = None
+
+    def plot(self) -> None:
+        """Draw the loss curve of the log into out/logs/<name>.png."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        for key, style in (("loss", "-"), ("val_loss", "o-")):
+            points = [(r["tokens"], r[key]) for r in self.records if r.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=key, markersize=4, linewidth=1.2)
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=self.path.stem)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        write_files({self.path.with_suffix(".png"): lambda file: figure.savefig(file, dpi=110, bbox_inches="tight")})
+        plt.close(figure)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The whole lines of a log; what a kill left of the last one is dropped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Replace a file of JSON lines; a kill meanwhile loses nothing."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_files({path: lambda file: file.write(lines.encode())})
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Cut a file of JSON lines off after the lines of a step."""
+    kept = [record for record in read_records(path) if record["step"] <= last_step]
+    write_records(path, kept)
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Peak memory so far: the GPU's where there is one, else the process's resident set."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def format_meter(key: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    if key == "lr":
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.3f}"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
