@@ -24,7 +24,7 @@ from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
 from scripts import inspect_data, quickstart
 from trainer import train_full_sft, train_pretrain
-from trainer.trainer_utils import boolean, number
+from trainer.flags import boolean, number
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -65,6 +65,13 @@ def ends(module, flags, capsys):
 
 class Caught(Exception):
     """Carries a parser out of parse_args."""
+
+
+def parsers_of(script, monkeypatch):
+    """The parser of a script, or those of its commands."""
+    parser = parser_of(script, monkeypatch)
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for action in commands for leaf in action.choices.values()] or [parser]
 
 
 def parser_of(script, monkeypatch):
@@ -108,7 +115,8 @@ def start(arguments, cwd=ROOT, stdin=subprocess.DEVNULL):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_from_any_directory(script, help_texts, monkeypatch):
-    flags = [flag for action in parser_of(script, monkeypatch)._actions for flag in action.option_strings]
+    shown = [action for action in parser_of(script, monkeypatch)._actions if action.help != argparse.SUPPRESS]
+    flags = [flag for action in shown for flag in action.option_strings]
     for out, err, code in help_texts[script]:
         assert code == 0 and err == ""
         assert all(flag in out for flag in flags)
@@ -116,11 +124,24 @@ def test_help_from_any_directory(script, help_texts, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_every_flag_has_a_help_text(script, monkeypatch):
-    parser = parser_of(script, monkeypatch)
-    assert parser.description
-    silent = [action.dest for action in parser._actions if not (action.help or "").strip()]
-    assert not silent
-    assert "--debug" in parser._option_string_actions
+    for parser in parsers_of(script, monkeypatch):
+        assert parser.description
+        silent = [action.dest for action in parser._actions if not (action.help or "").strip()]
+        assert not silent
+        assert not [action.dest for action in parser._actions if action.type is bool]  # bool("0") is True
+        hidden = {action.dest for action in parser._actions if action.help == argparse.SUPPRESS}
+        assert hidden <= {"local_rank"}  # passed by the deepspeed launcher, for nobody to type
+        assert "--debug" in parser._option_string_actions
+
+
+def test_no_loose_loads_and_no_blanket_filters():
+    """A load that ignores missing weights, or a filter that hides every warning, hides the next mistake."""
+    sources = [path for folder in ("model", "dataset", "trainer", "scripts") for path in (ROOT / folder).glob("*.py")]
+    for path in [ROOT / "eval_model.py", *sources]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(
+            r"load_state_dict\([^)]*strict=False|filterwarnings\((?!.*message=)|simplefilter\(", text
+        ), path
 
 
 def attributes_read(script):
@@ -178,7 +199,8 @@ def arguments_read(tree):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_every_flag_is_read(script, monkeypatch):
-    dests = {action.dest for action in parser_of(script, monkeypatch)._actions} - {"help"}
+    parsers = parsers_of(script, monkeypatch)
+    dests = {action.dest for parser in parsers for action in parser._actions} - {"help", "local_rank"}
     assert not dests - attributes_read(script)
 
 
@@ -190,7 +212,8 @@ def test_the_search_for_reads_finds_what_it_should():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_unknown_flag_is_a_usage_error(script, tmp_path, capsys):
-    positional = [tmp_path / "x.jsonl"] if script.name == "inspect_data.py" else []
+    first = {"inspect_data.py": tmp_path / "x.jsonl", "benchmark.py": "train"}
+    positional = [first[script.name]] if script.name in first else []
     code, _, err = ends(
         module_of(script), [*positional, f"--out_dir={tmp_path / 'new'}", "--no_such_flag", "1"], capsys
     )
@@ -211,6 +234,13 @@ def test_wrong_values_are_usage_errors_before_anything_is_written(module, flag, 
     code, _, err = ends(module, [f"--out_dir={tmp_path / 'new'}", flag], capsys)
     assert code == 2 and flag.split("=")[0] in err and "Traceback" not in err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--verify", "--from_res=1", "--max_step=3"])
+def test_flags_cannot_be_cut_short(flag, tmp_path, capsys):
+    """Commands are written anew from flags, for resuming; a flag under another name would slip through."""
+    code, _, err = ends(train_pretrain, [f"--out_dir={tmp_path / 'new'}", flag], capsys)
+    assert code == 2 and flag in err and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +307,7 @@ def test_the_chain_of_stages_from_another_directory(chain):
     assert "wrote mine/pretrain_64.pth" in runs[0].stdout and "starting from mine/pretrain_64.pth" in runs[1].stdout
     assert "mine/full_sft_64.pth" in runs[2].stdout
     assert sorted(path.name for path in (here / "mine").iterdir()) == [
-        "cache", "full_sft_64.json", "full_sft_64.pth", "logs", "pretrain_64.json", "pretrain_64.pth",
+        "cache", "checkpoints", "full_sft_64.json", "full_sft_64.pth", "logs", "pretrain_64.json", "pretrain_64.pth",
     ]  # fmt: skip
     assert sorted(path.name for path in here.iterdir()) == ["chats.jsonl", "mine", "texts.jsonl"]
 

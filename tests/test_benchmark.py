@@ -1,0 +1,182 @@
+"""The benchmark: what it counts, that its plain loop learns the same, and that memory does not grow with V times N."""
+
+import json
+
+import pytest
+import torch
+
+from model.errors import UsageError
+from model.errors import run_script as run_script_here
+from model.LMConfig import MiniMindConfig
+from model.model_minimind import MiniMindForCausalLM
+from scripts import benchmark
+from scripts.benchmark import Product, Step, Trainer, model_products, parse_args
+
+TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data file of each stage and a cache folder."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    texts = [{"text": f"the number {n} follows the number {n - 1}. " * (1 + n % 4)} for n in range(1, 200)]
+    chats = [
+        {"conversations": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}, " * 9}]}
+        for n in range(200)
+    ]
+    for stage, rows in (("pretrain", texts), ("sft", chats)):
+        (folder / f"{stage}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_args(folder, *flags, stage="pretrain"):
+    base = ["train", *TINY, "--stage", stage, "--data_path", str(folder / f"{stage}.jsonl"), "--out_dir", str(folder)]
+    return parse_args([*base, *flags])
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_products_are_those_of_the_model(use_moe):
+    """Dense: 6 flops a weight and token. Attention: six products of T x T. Counted independently of the benchmark."""
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=200, use_moe=use_moe)
+    rows, length, targets = 2, 40, 70
+    flops = sum(p.flops * times for p, times in model_products(config, rows, length, targets).items())
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    layers = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    if use_moe:  # two of four routed experts
+        layers -= sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // 2
+    linear = 6 * (layers * rows * length + config.vocab_size * config.hidden_size * targets)
+    attention = 6 * 2 * rows * length * length * config.hidden_size * config.num_hidden_layers
+    assert flops == linear + attention
+
+
+def test_products_equal_the_matrix_products_that_run():
+    """The count against what a real forward and backward pass multiplies, attention written out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, flash_attn=False)
+    model = MiniMindForCausalLM(config).train()
+    ids = torch.randint(64, (2, 24))
+    # In bfloat16, because the counter passes over addmm_, which sums up the head's gradient in float32.
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids, return_logits=False).loss.backward()
+    expected = sum(p.flops * times for p, times in model_products(config, 2, 24, 2 * 23).items())
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("layout", ["nn", "nt", "tn"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_each_product_can_be_timed(layout, batch):
+    product = Product(batch, 8, 16, 24, layout)
+    assert product.flops == 2 * batch * 8 * 16 * 24
+    assert benchmark.time_product(product, torch.float32, torch.device("cpu")) > 0
+
+
+def test_padding_is_never_counted(folder):
+    for flags in ([], ["--packing", "0"], ["--plain"]):
+        trainer = Trainer(make_args(folder, "--max_seq_len", "96", "--accumulation_steps", "3", *flags))
+        step, fresh = trainer.step(), Trainer(make_args(folder, "--max_seq_len", "96", *flags)).batches
+        batches = [next(fresh) for _ in range(3)]
+        assert step.tokens == sum(int((batch["attention_mask"] > 0).sum()) for batch in batches)
+        assert step.targets == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        assert step.places == 3 * 4 * 96
+        assert (step.tokens > 0.9 * step.places) == (not flags)
+    assert Step(2.0, 100, 400, 90).rate == 50
+
+
+def test_plain_loop_is_plain_and_has_the_same_loss(folder):
+    args = make_args(folder, "--optimizer", "muon", "--use_compile", "--plain", stage="sft")
+    plain = Trainer(args)
+    assert plain.dtype == torch.float32 and plain.net is plain.model and not args.packing
+    assert type(plain.optimizer) is torch.optim.AdamW
+    fast = Trainer(make_args(folder, "--packing", "0", stage="sft"))
+    fast.model.load_state_dict(plain.model.state_dict())
+    batch = next(plain.batches)
+    torch.testing.assert_close(plain.loss_sum(batch, 0.0), fast.loss_sum(batch, 0.0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["minimind2-moe", "minimind-v1-moe"])
+def test_active_dense_has_the_active_parameters_of_the_mixture(preset):
+    sizes = []
+    for flags in ([], ["--active_dense"]):
+        with torch.device("meta"):
+            model = MiniMindForCausalLM(benchmark.make_config(parse_args(["train", "--preset", preset, *flags])))
+        sizes.append(benchmark.active_parameters(model))
+    assert sizes[1] == sum(p.numel() for p in model.parameters())
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01
+    with pytest.raises(UsageError, match="--active_dense"):
+        benchmark.make_config(parse_args(["train", "--active_dense"]))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_memory_does_not_grow_with_vocabulary_times_tokens(folder, monkeypatch, optimizer):
+    """What a larger vocabulary adds to the peak of a step must not depend on how many tokens the step has."""
+    monkeypatch.setattr("model.model_minimind.LOSS_CHUNK", 64)
+    small, large = 6400, 25600
+
+    def peak(vocabulary: int, rows: int, *flags: str) -> int:
+        sizes = ["--vocab_size", vocabulary, "--batch_size", rows, "--accumulation_steps", 1, "--max_seq_len", 128]
+        trainer = Trainer(make_args(folder, *map(str, sizes), "--optimizer", optimizer, *flags))
+        trainer.step()
+        return trainer.peak_memory()
+
+    few, many = (peak(large, rows) - peak(small, rows) for rows in (2, 8))
+    logits = (large - small) * 6 * 128 * 4  # what float32 logits of the further rows would add
+    assert many - few < 0.1 * logits
+    few, many = (peak(large, rows, "--plain") - peak(small, rows, "--plain") for rows in (2, 8))
+    assert many - few > logits  # the measurement sees it where it is
+
+
+def test_against_takes_the_same_flags_and_more_on_top():
+    args = parse_args(["train", "--batch_size", "2", "--against", "--plain"])
+    assert (args.plain, args.other.plain, args.other.batch_size) == (False, True, 2)
+    args = parse_args(["train", "--batch_size", "2", "--against", "--batch_size 3 --optimizer adamw"])
+    assert (args.batch_size, args.other.batch_size, args.other.optimizer) == (2, 3, "adamw")
+    assert parse_args(["train"]).other is None
+
+
+def test_ratio_is_taken_round_by_round():
+    first = [Step(1.0, 100, 0, 0), Step(1.0, 300, 0, 0), Step(2.0, 400, 0, 0)]
+    second = [Step(1.0, 100, 0, 0), Step(1.0, 100, 0, 0), Step(1.0, 50, 0, 0)]
+    assert benchmark.compare(first, second) == {"ratio": 3.0, "ratio_min": 1.0, "ratio_max": 4.0}
+
+
+def test_script_prints_a_table_and_writes_json(run_script, folder, tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    flags = ["train", *TINY, "--data_path", folder / "pretrain.jsonl", "--out_dir", folder, "--max_seq_len", "64"]
+    done = run_script(
+        "scripts/benchmark.py",
+        [*flags, "--steps", "2", "--warmup", "1", "--against", "--plain", "--json", path, "--profile"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens_per_s" in done.stdout and "tokens/s over those with" in done.stdout and "aten::mm" in done.stdout
+    report = json.loads(path.read_text())
+    assert [each["plain"] for each in report["settings"]] == [False, True]
+    for figures in report["figures"]:
+        assert figures["tokens_per_s"] > 0 and 0 < figures["matmul_share"] < 1 and 0 < figures["mfu"] < 1
+        assert figures["peak_memory_mb"] > 0 and 0 <= figures["padding_share"] < 1
+
+
+@pytest.mark.parametrize(
+    "flags, code, named",
+    [
+        (["train", "--data_path", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["train", "--batch_size", "5000", *TINY], 2, "--batch_size"),
+        (["train", "--vocab_size", "100", *TINY], 1, "vocabulary of 100"),
+        (["train", "--steps", "0"], 2, "--steps"),
+        (["train", "--against", "--nonsense 1"], 2, "--nonsense"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(capsys, folder, flags, code, named):
+    if "--data_path" not in flags and "--batch_size" in flags:
+        flags = [*flags, "--data_path", str(folder / "pretrain.jsonl")]
+    with pytest.raises(SystemExit) as end:
+        run_script_here(lambda: parse_args([*flags, *(["--out_dir", str(folder)] if flags else [])]), benchmark.main)
+    assert end.value.code == code and named in capsys.readouterr().err
+
+
+def test_every_flag_is_explained():
+    parser = benchmark.build_parser()._subparsers._group_actions[0].choices["train"]
+    assert all(action.help for action in parser._actions)
