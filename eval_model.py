@@ -3,30 +3,41 @@
 python eval_model.py --model_mode 1                     asks which on a terminal, runs the automatic test elsewhere
 python eval_model.py --model_mode 1 --prompt "..."      answers and exits
 python eval_model.py --model_mode 0                     the pretrained model continues texts
+python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class or Llama)
+
+Modes: 0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 ppo_actor, 5 grpo, 6 spo, 7 distill.
 """
 
 import argparse
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from transformers import GenerationConfig, TextStreamer, set_seed
-
 from dataset.chat import encode_prompt
-from model.errors import InputError, run_script
+from model.errors import InputError, UsageError, run_script
+from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from trainer.trainer_utils import MAX_SEED, ROOT, boolean, given_sizes, number, pick_device, pick_dtype
+from trainer.flags import MAX_SEED, ROOT, boolean, number
+from trainer.trainer_utils import given_sizes, pick_device, pick_dtype
 
-STAGES = {0: "pretrain", 1: "full_sft"}
+STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]
-QUESTIONS = [
+QUESTIONS = [  # what the demo data teach, then what users of MiniMind have long compared their models by
     "你是谁？", "法国的首都是哪里？", "金的元素符号是什么？", "7 加 8 等于多少？", "手被烫伤了怎么办？",
     "《静夜思》是谁写的？",
     "Who are you?", "What is the capital of Japan?", "What is the past tense of go?", "Thank you for your help!",
+    "请介绍一下自己。", "你更擅长哪一个学科？", "鲁迅的《狂人日记》是如何批判封建礼教的？",
+    "我咳嗽已经持续了两周，需要去医院检查吗？", "详细的介绍光速的物理概念。", "推荐一些长沙的特色美食吧。",
+    "请为我讲解“大语言模型”这个概念。", "如何理解ChatGPT？", "Introduce the history of the United States, please.",
+    "你知道长江吗？", "第一颗人造卫星是哪个国家发射的？", "你知道泰山在哪里吗？", "世界上最高的山峰是什么？",
+    "万有引力是谁提出的？", "你知道大熊猫的主要食物是什么吗？", "海水为什么是咸的？",
 ]  # fmt: skip
 
 
@@ -34,32 +45,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGES.items())
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    count = number(int, 1)
+    count, share = number(int, 1), number(float, 0, 1)
     add = parser.add_argument
     add("--model_mode", type=int, choices=STAGES, default=1, help=f"which stage's weights: {modes} (default: 1)")
+    add("--load", type=int, choices=(0, 1), default=0, help="0: weights of out/, 1: a transformers folder (default: 0)")
     add("--out_dir", type=Path, default=ROOT / "out", help="where the weights are (default: out/)")
-    add("--weight", type=Path, help="a .pth file or a transformers folder, in place of the stage's newest weights")
+    add(
+        "--weight",
+        type=Path,
+        help="a .pth file or a transformers folder (default: the stage's newest weights; with --load 1: MiniMind2)",
+    )
     add("--tokenizer_path", type=Path, help="folder of a tokenizer (default: model/)")
     add("--preset", choices=PRESETS, help="size of the weights to look for (default: the newest of any size)")
     add("--hidden_size", type=count, help="width of the weights to look for")
     add("--num_hidden_layers", type=count, help="depth that the weights must have")
     add("--use_moe", type=boolean, nargs="?", const=True, help="look for a mixture of experts")
     add("--prompt", help="answer this and exit")
-    add("--max_new_tokens", type=count, default=256, help="tokens of an answer at most (default: 256)")
-    add("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token (default: 0.7)")
     add(
-        "--top_p",
-        type=number(float, 0.01, 1),
-        default=0.9,
-        help="sample from this share of the probability (default: 0.9)",
+        "--history_cnt",
+        type=number(int, 0),
+        help="earlier messages that a question carries along, questions and answers (default: all)",
     )
+    add("--max_new_tokens", type=count, default=256, help="tokens of an answer at most (default: 256)")
+    add("--max_seq_len", type=count, help="tokens of conversation and answer at most (default: the model's context)")
+    add("--truncate", **switch, help="leave the oldest messages out where the conversation does not fit")
+    add("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token (default: 0.7)")
+    add("--top_p", type=number(float, 0.01, 1), default=0.9, help="sample from this share of the probability (0.9)")
+    add("--top_k", type=number(int, 0), default=0, help="sample from so many tokens (default: 0, all)")
+    add("--min_p", type=share, default=0.0, help="sample from tokens with this share of the best (default: 0, all)")
+    add("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="above 1: repeat less (default: 1)")
     add("--inference_rope_scaling", **switch, help="YaRN: read further than the model was trained")
+    add("--quant", choices=["none", "int8"], default="none", help="int8: faster on a CPU, a little less exact")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
     add(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
         default="auto",
-        help="of the weights (default: auto)",
+        help="of the weights (default: auto; on a CPU float32, with the weights of a file kept as small as they are)",
     )
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of the sampling (default: 42)")
     add("--debug", **switch, help="show tracebacks of errors")
@@ -67,28 +89,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    # 1. Weights
     device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    dtype = torch.float32 if (args.dtype, device.type) == ("auto", "cpu") else pick_dtype(args.dtype, device)
     sizes = given_sizes(args)
-    stage = STAGES[args.model_mode]
-    path = args.weight or find_weights(args.out_dir, stage, preset=args.preset, **sizes)
+    path = args.weight or (
+        Path("MiniMind2")
+        if args.load
+        else find_weights(args.out_dir, STAGES[args.model_mode], preset=args.preset, **sizes)
+    )
+    if args.load and path.suffix == ".pth":
+        raise UsageError(f"--load 1 reads a transformers folder, {path} is a .pth file: leave --load out")
     model, info = load_model(
-        path, preset=args.preset, config_overrides=sizes, device=device, dtype=pick_dtype(args.dtype, device),
+        path, preset=args.preset, config_overrides=sizes, device=device, dtype=dtype,
         inference_rope_scaling=args.inference_rope_scaling,
     )  # fmt: skip
+    own = path if args.tokenizer_path is None and (path / "tokenizer.json").is_file() else args.tokenizer_path
+    tokenizer = load_tokenizer(own)
     check_vocab(tokenizer, model.config)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{path}: {parameters / 1e6:.1f}M parameters, {info.get('tokens_seen') or 0:,} tokens seen, on {device}\n")
-    set_seed(args.seed)
 
+    # 2. Questions
+    engine = Engine(
+        model, tokenizer, max_batch=1, context=args.max_seq_len, quantize=None if args.quant == "none" else args.quant
+    )
     if args.prompt is not None:
-        answer(model, tokenizer, [args.prompt], args)
-    elif ask_for_typing():
-        chat(model, tokenizer, args)
-    else:
-        for prompt in BEGINNINGS if args.model_mode == 0 else QUESTIONS:
-            print(f"> {prompt}")
-            answer(model, tokenizer, [prompt], args)
+        answer(engine, tokenizer, [args.prompt], args)
+        return
+    replies = chat(engine, tokenizer, args) if ask_for_typing() else automatic_test(engine, tokenizer, args)
+
+    # 3. What it came to
+    ids = [ids for ids, _ in replies]
+    tokens, seconds = sum(map(len, ids)), sum(seconds for _, seconds in replies)
+    if tokens:
+        print(
+            f"{len(ids)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s; "
+            f"{repetition(ids):.1%} of the 4-token pieces stood in the same answer before"
+        )
 
 
 def ask_for_typing() -> bool:
@@ -104,43 +142,109 @@ def read_line(prompt: str) -> str:
         return ""
 
 
-def chat(model, tokenizer, args: argparse.Namespace) -> None:
-    """Type line after line; an empty line or the end of input leaves."""
+def automatic_test(engine: Engine, tokenizer, args: argparse.Namespace) -> list[tuple[list[int], float]]:
+    """Put every question alone -> token ids and seconds of each answer."""
+    replies = []
+    for prompt in BEGINNINGS if args.model_mode == 0 else QUESTIONS:
+        print(f"> {prompt}")
+        _, ids, seconds = answer(engine, tokenizer, [prompt], args, number=len(replies))
+        replies.append((ids, seconds))
+    return replies
+
+
+def chat(engine: Engine, tokenizer, args: argparse.Namespace) -> list[tuple[list[int], float]]:
+    """Type line after line; an empty line or the end of input leaves. -> token ids and seconds of each answer."""
     turns: list[str] = []
-    while True:
-        line = read_line("> ")
-        if not line:
-            return
-        turns = [*turns, line] if args.model_mode else [line]
-        turns.append(answer(model, tokenizer, turns, args))
+    replies = []
+    while line := read_line("> "):
+        kept = 0 if args.model_mode == 0 else len(turns) if args.history_cnt is None else args.history_cnt // 2 * 2
+        turns = [*turns[len(turns) - min(kept, len(turns)) :], line]
+        text, ids, seconds = answer(engine, tokenizer, turns, args, number=len(replies))
+        turns.append(text)
+        replies.append((ids, seconds))
+    return replies
 
 
-def answer(model, tokenizer, turns: list[str], args: argparse.Namespace) -> str:
-    """Stream the model's reply to the last of the turns (user, assistant, user, ...) and return it."""
-    if args.model_mode == 0:
-        ids = [tokenizer.bos_token_id, *tokenizer(turns[-1], add_special_tokens=False).input_ids]
-    else:
-        roles = ("user", "assistant")
-        ids = encode_prompt(tokenizer, [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)])
-    limit = model.config.max_position_embeddings
-    if len(ids) + args.max_new_tokens > limit:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens; with --max_new_tokens {args.max_new_tokens} that passes the context "
-            f"of {limit}"
-        )
-    settings = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        **(settings if args.temperature else {"do_sample": False}),
+def answer(
+    engine: Engine, tokenizer, turns: list[str], args: argparse.Namespace, number: int = 0
+) -> tuple[str, list[int], float]:
+    """Stream the reply to the last of the turns (user, assistant, user, ...) -> its text without thought, ids, seconds.
+
+    A thought is shown between lines of its own; later turns do not see it.
+    """
+    request = Request(
+        fitting_prompt(engine, tokenizer, turns, args),
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+        min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=sample_seed(args.seed, number),
     )  # fmt: skip
-    input_ids = torch.tensor([ids], device=model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=generation_config, streamer=streamer
-        )
-    print()
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    ids: list[int] = []
+    reply, thinking = "", False
+    started = time.perf_counter()
+    for thought, text in split_thoughts(pieces(engine, request, ids)):
+        if thought != thinking:
+            print("[thought]" if thought else "\n[answer]")
+            thinking = thought
+        print(text, end="", flush=True)
+        reply += "" if thought else text
+    print("\n")
+    return reply, ids, time.perf_counter() - started
+
+
+def fitting_prompt(engine: Engine, tokenizer, turns: list[str], args: argparse.Namespace) -> list[int]:
+    """The token ids of all turns; with --truncate, of as many of the last ones as leave room for the answer."""
+    room = engine.context - args.max_new_tokens
+    roles = ("user", "assistant")
+    for start in range(0, len(turns), 2):
+        if args.model_mode == 0:
+            ids = [tokenizer.bos_token_id, *tokenizer(turns[-1], add_special_tokens=False).input_ids]
+        else:
+            kept = turns[start:]
+            ids = encode_prompt(tokenizer, [{"role": roles[i % 2], "content": text} for i, text in enumerate(kept)])
+        if len(ids) <= room:
+            return ids
+        if not args.truncate:
+            break
+    raise InputError(
+        f"the prompt has {len(ids)} tokens; with --max_new_tokens {args.max_new_tokens} that passes the context of "
+        f"{engine.context}: shorten it{'' if args.truncate or len(turns) < 2 else ' or give --truncate'}"
+    )
+
+
+def pieces(engine: Engine, request: Request, ids: list[int]) -> Iterator[str]:
+    """The text of a reply as it comes; its token ids are added to `ids`."""
+    for chunk in engine.stream(request):
+        ids.append(chunk.id)
+        yield chunk.text
+
+
+def split_thoughts(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
+    """Text in pieces -> (whether it stands between <think> and </think>, piece without tags and blanks behind them).
+
+    What may be the beginning of a tag waits for the next piece.
+    """
+    thought = behind_tag = False
+    held = ""
+    for text in chain(texts, [None]):
+        held += text or ""
+        while (tag := "</think>" if thought else "<think>") in held:
+            before, held = held.split(tag, 1)
+            if before.strip():
+                yield thought, before.lstrip() if behind_tag else before
+            thought, behind_tag = not thought, True
+        waiting = 0 if text is None else max((k for k in range(1, len(tag)) if held.endswith(tag[:k])), default=0)
+        ready, held = held[: len(held) - waiting], held[len(held) - waiting :]
+        if behind_tag:
+            ready = ready.lstrip()
+        if ready:
+            behind_tag = False
+            yield thought, ready
+
+
+def repetition(replies: list[list[int]], size: int = 4) -> float:
+    """Share of the runs of 4 tokens that occurred in the same reply before."""
+    runs = [[tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)] for ids in replies]
+    total = sum(map(len, runs))
+    return 1 - sum(len(set(row)) for row in runs) / total if total else 0.0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,673 @@
+"""The engine against one-at-a-time references, transformers' generate and processors, and its stated distributions."""
+
+import math
+import random
+from collections import Counter
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model import decoder
+from model.decoder import Decoder, Int8Linear, Segment, pack
+from model.errors import InputError, UsageError
+from model.generation import Engine, Request, TextStream, sample_seed, token_bytes
+from model.LMConfig import MiniMindConfig
+from model.model_minimind import MiniMindForCausalLM
+from model.sampling import Sampler, penalise
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+YARN = {"inference_rope_scaling": True, "original_max_position_embeddings": 32, "max_position_embeddings": 256}
+KINDS = {"dense": {}, "moe": {"use_moe": True}, "yarn": YARN}
+
+
+def make_model(half=True, **overrides) -> MiniMindForCausalLM:
+    """A small model with opinions: wide random weights, that float16 holds exactly (as those of a .pth) if `half`."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 211, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, **sizes, **overrides}))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(std=0.25)
+        if half:
+            parameter.data = parameter.data.half().float()
+    return model.eval()
+
+
+def make_prompts(*lengths, vocab_size=211, seed=1):
+    generator = random.Random(seed)
+    return [[generator.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    return make_model(**KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return make_model()
+
+
+# ------------------------------------------------------------------------------------- the decoder computes the model
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_gives_the_logits_of_the_model(kind, half):
+    """A prompt in pieces, then token by token beside another sequence, far beyond the length YaRN starts from."""
+    model = make_model(half=half, **KINDS[kind])
+    long, short = make_prompts(150, 40)
+    expected = [model(torch.tensor([ids])).logits[0] for ids in (long, short)]
+    with torch.inference_mode():
+        arranged = Decoder(model, None)
+        arranged.reserve(2, 10)  # grows below
+        first = arranged(long[:10], [0] * 10, list(range(10)), 0, [Segment(0, 0, 10)])
+        arranged.reserve(2, 160)
+        both = arranged(
+            long[10:120] + short[:25],
+            [0] * 110 + [1] * 25,
+            [*range(10, 120), *range(25)],
+            0,
+            [Segment(0, 10, 120), Segment(1, 0, 25)],
+        )
+        torch.testing.assert_close(first[0], expected[0][9], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(both, torch.stack([expected[0][119], expected[1][24]]), atol=2e-4, rtol=1e-4)
+        for i in range(15):
+            logits = arranged([long[120 + i], short[25 + i]], [0, 1], [120 + i, 25 + i], 2, [])
+            wanted = torch.stack([expected[0][120 + i], expected[1][25 + i]])
+            torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_half_precision_model_is_computed_in_float32(dense):
+    """A bfloat16 model on a CPU: the decoder is nearer to its exact logits than its own forward."""
+    model = make_model().bfloat16()
+    exact = make_model()
+    exact.load_state_dict(model.state_dict())
+    (prompt,) = make_prompts(30)
+    wanted = exact(torch.tensor([prompt])).logits[0, -1]
+    with torch.inference_mode():
+        arranged = Decoder(model, None)
+        arranged.reserve(1, 30)
+        logits = arranged(prompt, [0] * 30, list(range(30)), 0, [Segment(0, 0, 30)])[0]
+    torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_int8_products_are_near_and_know_no_neighbours():
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64) * 0.02, torch.randn(7, 64) * torch.logspace(-3, 2, 7)[:, None]
+    product = Int8Linear(weight)
+    exact = F.linear(x, weight)
+    error = (product(x) - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < 0.02
+    assert torch.equal(torch.cat([product(row[None]) for row in x]), product(x))
+    assert torch.equal(product(torch.zeros(1, 64)), torch.zeros(1, 96))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_int8_engine_follows_the_exact_one(kind):
+    """The logits stay near those of the exact weights, and no sequence changes with its neighbours."""
+    model = make_model(**KINDS[kind])
+    (prompt,) = make_prompts(40)
+    expected = model(torch.tensor([prompt])).logits[0, -1]
+    with torch.inference_mode():
+        arranged = Decoder(model, "int8")
+        arranged.reserve(1, 40)
+        logits = arranged(prompt, [0] * 40, list(range(40)), 0, [Segment(0, 0, 40)])[0]
+    assert F.cosine_similarity(logits, expected, dim=0) > 0.98
+    requests = [Request(p, max_new_tokens=12, seed=i) for i, p in enumerate(make_prompts(5, 30, 1, 9))]
+    alone = [Engine(model, max_batch=1, quantize="int8").generate([request])[0].ids for request in requests]
+    together = Engine(model, max_batch=3, quantize="int8", prefill_chunk=8).generate(requests)
+    assert [result.ids for result in together] == alone
+
+
+def test_products_keep_float32_weights_that_float16_cannot_hold():
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 32), torch.randn(5, 32)
+    assert torch.equal(pack(weight, None)(x), F.linear(x, weight))
+    halved = weight.half().float()
+    torch.testing.assert_close(pack(halved, None)(x), F.linear(x, halved), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- greedy, transformers
+
+
+def transformers_greedy(model, prompts, new_tokens):
+    """What generate says to a left-padded batch; each row up to its end token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=2)
+    rows = model.generate(ids, attention_mask=mask, generation_config=generation_config)[:, width:].tolist()
+    return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
+
+
+def test_greedy_equals_transformers(model):
+    prompts = make_prompts(3, 25, 1, 60, 11)
+    expected = transformers_greedy(model, prompts, 30)
+    assert expected == [transformers_greedy(model, [prompt], 30)[0] for prompt in prompts]
+    requests = [Request(prompt, temperature=0, max_new_tokens=30) for prompt in prompts]
+    for engine in (Engine(model, max_batch=8), Engine(model, max_batch=2, prefill_chunk=7)):
+        results = engine.generate(requests)
+        assert [result.ids for result in results] == expected
+        assert [result.finish_reason == "stop" for result in results] == [ids[-1] == 2 for ids in expected]
+    assert [Engine(model).generate([request])[0].ids for request in requests] == expected
+
+
+@pytest.mark.parametrize("yarn", [False, True])
+def test_llama_folders_run_too(yarn):
+    own = MiniMindConfig(**SIZES, **(YARN if yarn else {}))
+    rope = {**(own.yarn_parameters() or {"rope_type": "default"}), "rope_theta": 1e4}
+    sizes = {**SIZES, "intermediate_size": 96, "vocab_size": 211, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, initializer_range=0.25)).eval()
+    prompts = make_prompts(50, 7)
+    results = Engine(model).generate([Request(prompt, temperature=0, max_new_tokens=12) for prompt in prompts])
+    assert [result.ids for result in results] == transformers_greedy(model, prompts, 12)
+
+
+def test_steps_in_recorded_shapes(model, monkeypatch):
+    """What CUDA graphs rely on, here without CUDA: rows and spans rounded up, buffers filled anew, scratch rows."""
+
+    shapes = []
+
+    def record(run):
+        result = run()
+        shapes.append(run.args[3:5])
+        return lambda: result.copy_(run()), result
+
+    monkeypatch.setattr(decoder, "record", record)
+    lengths = {3: 60, 70: 90, 1: 30}
+    requests = [
+        Request(prompt, temperature=0, max_new_tokens=lengths[len(prompt)], stop_ids=())
+        for prompt in make_prompts(*lengths)
+    ]
+    plain, graphed = Engine(model, max_batch=3, prefill_chunk=40), Engine(model, max_batch=3, prefill_chunk=40)
+    graphed.decoder.graphed = True
+    expected = [result.ids for result in plain.generate(requests)]
+    assert [result.ids for result in graphed.generate(requests)] == expected
+    assert {rows for rows, _ in shapes} == {1, 2, 4} and {span for _, span in shapes} == {128, 256}
+
+
+def test_greedy_logprobs_are_those_of_the_model(dense):
+    (prompt,) = make_prompts(12)
+    (result,) = Engine(dense).generate([Request(prompt, temperature=0, top_k=1, max_new_tokens=6, top_logprobs=3)])
+    ids = torch.tensor([prompt + result.ids])
+    logprobs = dense(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    expected = logprobs.gather(1, torch.tensor(result.ids)[:, None])[:, 0].tolist()
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
+    assert [[i for i, _ in row] for row in result.top_logprobs] == logprobs.topk(3).indices.tolist()
+    assert [row[0][1] for row in result.top_logprobs] == pytest.approx(expected, abs=1e-4)
+
+
+def test_refresh_takes_new_weights_over():
+    model = make_model()
+    engine = Engine(model)
+    request = Request(make_prompts(9)[0], temperature=0, max_new_tokens=12)
+    before = engine.generate([request])[0].ids
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    engine.refresh()
+    after = engine.generate([request])[0].ids
+    assert after != before and after == transformers_greedy(model, [request.prompt], 12)[0]
+
+
+# ---------------------------------------------------------------------- one at a time, slow and obvious: the property
+
+PIECES = ["a", "b", "ab", " ", "END", "你", "好", "😀", "é"]
+TABLE = [b"", b"", b""] + [piece.encode() for piece in PIECES] + [bytes([byte]) for byte in "你😀".encode()]
+TINY = {"vocab_size": len(TABLE), "max_position_embeddings": 64}
+
+
+def plain_distribution(logits, request, reply):
+    """Probabilities of a reply's next token, in words: penalties, temperature, top-k, top-p, min-p."""
+    logits = list(logits)
+    for token in {*request.prompt, *reply}:
+        factor = request.repetition_penalty
+        logits[token] = logits[token] * factor if logits[token] < 0 else logits[token] / factor
+    for token, count in Counter(reply).items():
+        logits[token] -= request.presence_penalty + request.frequency_penalty * count
+    if request.temperature == 0:
+        best = max(range(len(logits)), key=lambda i: logits[i])
+        return [float(i == best) for i in range(len(logits))]
+    weights = [math.exp((x - max(logits)) / request.temperature) for x in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: request.top_k or None]
+    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    for i in order:
+        if mass < request.top_p or not kept:
+            kept.append(i)
+        mass += weights[i] / total
+    kept = [i for i in kept if weights[i] >= request.min_p * weights[order[0]]]
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+def plain_generate(model, request, index):
+    """(ids, text, logprobs, finish_reason) of one sample, without cache, batch, or streaming."""
+    numbers = random.Random(sample_seed(request.seed, index))
+    ids, logprobs = [], []
+    context = model.config.max_position_embeddings - len(request.prompt)
+    while True:
+        with torch.no_grad():
+            logits = model(torch.tensor([request.prompt + ids])).logits[0, -1].tolist()
+        probs = plain_distribution(logits, request, ids)
+        u = numbers.getrandbits(52) / 2**52
+        sums = list(accumulate(probs))
+        token = next(i for i, total in enumerate(sums) if total > u * sums[-1])
+        ids.append(token)
+        logprobs.append(math.log(probs[token]))
+        text = b"".join(TABLE[i] for i in ids).decode("utf-8", "replace")
+        cuts = [text.find(stop) for stop in request.stop if stop in text]
+        if token == 2 or cuts:
+            return ids, text[: min(cuts)] if cuts else text, logprobs, "stop"
+        if len(ids) == min(request.max_new_tokens, context):
+            return ids, text, logprobs, "length"
+
+
+requests = st.builds(
+    Request,
+    prompt=st.lists(st.integers(3, len(TABLE) - 1), min_size=1, max_size=20),
+    max_new_tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0, 0.7, 1.0, 1.6]),
+    top_p=st.sampled_from([1.0, 0.9, 0.4]),
+    top_k=st.sampled_from([0, 1, 5]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0, 0.5]),
+    frequency_penalty=st.sampled_from([0, -0.3]),
+    seed=st.integers(0, 9),
+    n=st.sampled_from([1, 1, 2, 5]),
+    stop=st.lists(st.sampled_from(["END", "ab", "你好", "a b", "😀"]), max_size=2, unique=True),
+    top_logprobs=st.sampled_from([0, 2]),
+)
+arrivals = st.tuples(
+    requests, st.integers(0, 10), st.none() | st.integers(0, 6)
+)  # request, step, steps until cancelled
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def tiny(request):
+    return make_model(**{**TINY, **KINDS[request.param]})
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(arrivals, min_size=1, max_size=6), st.integers(1, 4), st.sampled_from([1, 5, 16, 64]))
+def test_any_traffic_equals_one_at_a_time(tiny, traffic, max_batch, prefill_chunk):
+    engine = Engine(tiny, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    engine.table = TABLE
+    handles, now = {}, 0
+    while now <= 10 or any(not handle.done for handle in handles.values()):
+        for number, (request, arrival, _) in enumerate(traffic):
+            if now == arrival:
+                handles[number] = engine.submit(request)
+        for number, (_, arrival, patience) in enumerate(traffic):
+            if patience is not None and now == arrival + patience:
+                handles[number].cancel()
+        engine.step()
+        assert len(engine.active) <= max_batch and all(s.slot == i for i, s in enumerate(engine.active))
+        now += 1
+        assert now < 1000
+    assert engine.step() is False
+    for number, (request, _, _) in enumerate(traffic):
+        handle = handles[number]
+        texts = Counter()
+        for index, result in enumerate(handle.results):
+            ids, text, logprobs, reason = plain_generate(tiny, request, index)
+            if result.finish_reason == "cancelled":
+                assert result.ids == ids[: len(result.ids)] and text.startswith(result.text)
+            else:
+                assert (result.ids, result.text, result.finish_reason) == (ids, text, reason)
+            if request.temperature:
+                assert result.logprobs == pytest.approx(logprobs[: len(result.ids)], abs=1e-3)
+            texts[index] = "".join(chunk.text for chunk in handle.chunks if chunk.index == index)
+            assert texts[index] == result.text
+            assert [chunk.id for chunk in handle.chunks if chunk.index == index] == result.ids
+
+
+# -------------------------------------------------------------------------------------------------------- distributions
+
+SETTINGS = [
+    {"temperature": 0.6},
+    {"temperature": 1.5},
+    {"top_p": 0.7},
+    {"top_k": 5},
+    {"min_p": 0.2},
+    {"temperature": 1.3, "top_k": 12, "top_p": 0.8, "min_p": 0.1},
+]
+
+
+def fits(counts, probs):
+    """Whether a chi-square test leaves counts of draws from probs plausible (p > 0.001); nothing drawn where p = 0."""
+    total = counts.sum()
+    assert counts[probs == 0].sum() == 0
+    expected, counts = probs[probs > 0] * total, counts[probs > 0]
+    rare = expected < 5
+    expected = torch.cat((expected[~rare], expected[rare].sum(0, keepdim=True).clamp(min=1e-9)))
+    counts = torch.cat((counts[~rare], counts[rare].sum(0, keepdim=True)))
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2) > 0.001
+
+
+@pytest.fixture(scope="module")
+def uniforms():
+    """The first number of each of 100,000 samples of one request."""
+    return [random.Random(sample_seed(7, i)).getrandbits(52) / 2**52 for i in range(100_000)]
+
+
+@pytest.mark.parametrize("wanted", SETTINGS, ids=str)
+def test_frequencies_of_100k_draws(wanted, uniforms):
+    torch.manual_seed(0)
+    request = Request([1], **wanted)
+    logits = torch.randn(40) * 2
+    probs = torch.tensor(plain_distribution(logits.tolist(), request, []), dtype=torch.float64)
+    counts = torch.zeros(40, dtype=torch.float64)
+    sampler = Sampler([request] * 10_000, 40, torch.device("cpu"))
+    logprobs = sampler.logprobs(logits.expand(10_000, -1))
+    torch.testing.assert_close(logprobs[0].exp().double(), probs, atol=1e-6, rtol=1e-5)
+    for start in range(0, 100_000, 10_000):
+        drawn = sampler.draw(logprobs, uniforms[start : start + 10_000])
+        counts += drawn.bincount(minlength=40)
+    assert fits(counts, probs)
+    assert not fits(counts, (probs + 0.02 * (probs > 0)) / (probs + 0.02 * (probs > 0)).sum())  # the test can fail
+
+
+def test_frequencies_through_the_engine(dense):
+    """4,000 samples of one prompt, of which the first reads it: first tokens as often as the model says."""
+    request = Request(make_prompts(6)[0], n=4000, seed=5, max_new_tokens=1, temperature=2.5, top_p=0.9)
+    results = Engine(dense, max_batch=64).generate([request])
+    logits = dense(torch.tensor([request.prompt])).logits[0, -1]
+    probs = torch.tensor(plain_distribution(logits.tolist(), request, []), dtype=torch.float64)
+    counts = torch.tensor([result.ids[0] for result in results]).bincount(minlength=len(probs)).double()
+    assert fits(counts, probs)
+    for result in results[:50]:
+        assert result.logprobs[0] == pytest.approx(math.log(probs[result.ids[0]]), abs=1e-4)
+
+
+def test_a_number_at_the_very_end_draws_nothing_impossible():
+    logits = torch.tensor([[-30.0, 2.0, 1.0, -math.inf], [0.0, -math.inf, -math.inf, -math.inf]])
+    sampler = Sampler([Request([1])] * 2, 4, torch.device("cpu"))
+    logprobs = sampler.logprobs(logits)
+    assert sampler.draw(logprobs, [1 - 2**-52] * 2).tolist() == [2, 0]
+    assert sampler.draw(logprobs, [0.0, 0.0]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "warpers"),
+    [
+        ({"temperature": 0.7, "top_k": 50}, [TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)]),
+        ({"top_p": 0.5}, [TopPLogitsWarper(0.5)]),
+        ({"top_p": 0.99}, [TopPLogitsWarper(0.99)]),  # more tokens than the first look at the best finds
+        ({"top_k": 2000, "top_p": 0.95}, [TopKLogitsWarper(2000), TopPLogitsWarper(0.95)]),
+        ({"top_k": 30, "top_p": 0.6}, [TopKLogitsWarper(30), TopPLogitsWarper(0.6)]),
+        ({"min_p": 0.02, "temperature": 1.4}, [TemperatureLogitsWarper(1.4), MinPLogitsWarper(0.02)]),
+        (
+            {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.05},
+            [TemperatureLogitsWarper(0.8), TopKLogitsWarper(100), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+        ),
+    ],
+)
+def test_distributions_are_those_of_transformers(wanted, warpers):
+    torch.manual_seed(3)
+    logits = torch.randn(4, 6400) * 2
+    requests = [Request([1], **wanted), Request([1]), Request([1], temperature=0), Request([1], **wanted)]
+    logprobs = Sampler(requests, 6400, torch.device("cpu")).logprobs(logits)
+    for row in (0, 3):
+        scores = logits[row][None]
+        for warper in warpers:
+            scores = warper(torch.tensor([[1]]), scores)
+        assert torch.equal(logprobs[row].isinf(), scores[0].isinf())
+        torch.testing.assert_close(logprobs[row], scores[0].log_softmax(-1), atol=1e-5, rtol=1e-5)
+    for row in (1, 2):  # the neighbours keep all tokens
+        torch.testing.assert_close(logprobs[row], logits[row].log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    torch.manual_seed(0)
+    logits = torch.randn(50)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[3, 4, 3, 9, 12]]), logits[None])[0]
+    torch.testing.assert_close(penalise(logits, Request([3, 4, 3], repetition_penalty=1.7), [9, 12]), expected)
+
+
+def test_presence_and_frequency_count_the_reply_alone():
+    logits = torch.zeros(6)
+    lowered = penalise(logits, Request([1, 1], presence_penalty=1.0, frequency_penalty=0.5), [2, 3, 2])
+    assert lowered.tolist() == [0, 0, -2.0, -1.5, 0, 0] and logits.tolist() == [0] * 6
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+SAMPLES = [
+    "你好，世界！",
+    "😀👩‍👩‍👧🏳️‍🌈",
+    "龘靐齉𠮷𪚥",
+    "naïve café ☕",
+    "<think>\n想\n</think>\n\n<answer>42</answer>",
+    "\u0000\x7f",
+]
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer):
+    return token_bytes(tokenizer)
+
+
+def stream_text(table, ids, stops=()):
+    """Pieces as they are released."""
+    stream, pieces = TextStream(stops), []
+    for token in ids:
+        if stream.feed(table[token]):
+            break
+        pieces.append(stream.release(final=False))
+    return [*pieces, stream.release(final=True)]
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_streamed_characters_are_whole(text, table, tokenizer):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = stream_text(table, ids)
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    for cut in range(len(ids)):  # ended in the middle of a character
+        assert "".join(stream_text(table, ids[:cut])) == tokenizer.decode(ids[:cut])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 6399), max_size=12))
+def test_text_of_any_tokens_is_that_of_the_tokenizer(table, tokenizer, ids):
+    assert "".join(stream_text(table, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_tags_show_and_control_tokens_do_not(table, tokenizer):
+    ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool_call>", "<|im_end|>", "<|endoftext|>"])
+    assert "".join(stream_text(table, ids)) == "<think></think><tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "text", "stopped"),
+    [
+        ([b"Hello E", b"N", b"D more"], ["END"], "Hello ", True),
+        ([b"E", b"N", b"E", b"N", b"D"], ["END"], "EN", True),
+        ([b"wait EN", b"T"], ["END"], "wait ENT", False),
+        ([b"wait EN"], ["END"], "wait EN", False),
+        ([b"x\n", b"\nUser:"], ["\nUser:", "\n\n"], "x", True),
+        (["你".encode()[:2], "你".encode()[2:] + b"!"], ["你"], "", True),
+        ([b"abc", "好".encode()[:1]], ["c好"], "abc\ufffd", False),
+    ],
+)
+def test_stop_texts_across_tokens(tokens, stops, text, stopped):
+    stream, released = TextStream(stops), []
+    for token in tokens:
+        if stream.feed(token):
+            break
+        released.append(stream.release(final=False))
+        assert text.startswith("".join(released))
+    released.append(stream.release(final=True))
+    assert "".join(released) == text and stream.stopped is stopped
+
+
+def test_a_stop_text_ends_the_reply(tokenizer):
+    model = make_model(vocab_size=6400)
+    engine = Engine(model, tokenizer)
+    request = Request([5, 6, 7], seed=3, max_new_tokens=20, temperature=1.0)
+    (free,) = engine.generate([request])
+    stop = free.text[5:9]
+    (result,) = engine.generate([Request([5, 6, 7], seed=3, max_new_tokens=20, stop=[stop])])
+    assert result.text == free.text[: free.text.index(stop)] and result.finish_reason == "stop"
+    assert result.ids == free.ids[: len(result.ids)] and len(result.ids) < len(free.ids)
+    chunks = list(engine.stream(Request([5, 6, 7], seed=3, max_new_tokens=20, stop=[stop])))
+    assert "".join(chunk.text for chunk in chunks) == result.text and chunks[-1].finish_reason == "stop"
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
+
+
+# -------------------------------------------------------------------------------------------- sharing, joining, leaving
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """(tokens being decoded, tokens of prompts) of every forward pass from here on."""
+    calls, original = [], Decoder.__call__
+
+    def counted(self, ids, slots, positions, decoding, segments):
+        calls.append((decoding, sum(segment.stop - segment.start for segment in segments)))
+        return original(self, ids, slots, positions, decoding, segments)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    return calls
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_samples_share_the_prompt(max_batch, dense, forwards):
+    (prompt,) = make_prompts(23)
+    results = Engine(dense, max_batch=max_batch).generate([Request(prompt, n=5, seed=11, max_new_tokens=8)])
+    assert sum(tokens for _, tokens in forwards) == len(prompt)
+    seeds = [sample_seed(11, index) for index in range(5)]
+    apart = [Engine(dense).generate([Request(prompt, seed=seed, max_new_tokens=8)])[0] for seed in seeds]
+    assert [result.ids for result in results] == [result.ids for result in apart]
+    assert len({tuple(result.ids) for result in results}) > 1
+
+
+def test_a_long_prompt_does_not_stop_the_others(dense, forwards):
+    engine = Engine(dense, max_batch=2, prefill_chunk=10)
+    first = engine.submit(Request([5], max_new_tokens=100, stop_ids=()))
+    engine.step()
+    second = engine.submit(Request(make_prompts(95)[0], max_new_tokens=3, stop_ids=()))
+    for _ in range(10):
+        engine.step()
+    assert len(first.results[0].ids) == 11 and len(second.results[0].ids) == 1
+    assert max(tokens for _, tokens in forwards) == 10
+
+
+def test_cancelling_frees_the_slot(dense):
+    engine = Engine(dense, max_batch=1)
+    first = engine.submit(Request([5], max_new_tokens=100, stop_ids=(), n=3))
+    second = engine.submit(Request([6], max_new_tokens=2, stop_ids=()))
+    third = engine.submit(Request([7], max_new_tokens=2, stop_ids=()))
+    for _ in range(3):
+        engine.step()
+    first.cancel()
+    third.cancel()
+    assert first.done and [result.finish_reason for result in first.results] == ["cancelled"] * 3
+    assert len(first.results[0].ids) == 3 and first.results[1].ids == []
+    assert engine.step() and len(second.results[0].ids) == 1
+    assert not engine.step() and second.results[0].finish_reason == "length"
+    assert third.results[0].finish_reason == "cancelled" and not engine.active and not engine.waiting
+
+
+def test_closing_a_stream_cancels_it(dense):
+    engine = Engine(dense)
+    stream = engine.stream(Request([5], max_new_tokens=100, stop_ids=()))
+    next(stream)
+    stream.close()
+    assert engine.step() is False
+
+
+def test_two_streams_at_once(dense):
+    engine = Engine(dense)
+    requests = [Request(prompt, seed=1, max_new_tokens=9) for prompt in make_prompts(4, 7)]
+    streams = [engine.stream(request) for request in requests]
+    ids = [[chunk.id for chunk in pair] for pair in zip(*streams, strict=False)]
+    apart = [engine.generate([request])[0].ids for request in requests]
+    assert [list(column) for column in zip(*ids, strict=True)] == [row[: len(ids)] for row in apart]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_broken_weights_end_in_a_sentence(temperature):
+    model = make_model()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="NaN"):
+        Engine(model).generate([Request([5], temperature=temperature)])
+
+
+def test_a_tiny_temperature_is_greedy(dense):
+    greedy, tiny = Engine(dense).generate([Request([5], temperature=t, max_new_tokens=9) for t in (0, 1e-38)])
+    assert greedy == tiny
+
+
+def test_seedless_requests_differ(dense):
+    results = Engine(dense).generate([Request([5], max_new_tokens=12, temperature=2.0) for _ in range(3)])
+    assert len({tuple(result.ids) for result in results}) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_replies_end_with_the_context(dense):
+    engine = Engine(dense, context=20)
+    for wanted in (None, 500):
+        (result,) = engine.generate([Request(make_prompts(15)[0], max_new_tokens=wanted, stop_ids=())])
+        assert len(result.ids) == 5 and result.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "words"),
+    [
+        ({"prompt": []}, InputError, "empty"),
+        ({"prompt": [1] * 20}, InputError, "20 tokens.*context of 20"),
+        ({"prompt": [211]}, InputError, "vocabulary of 211"),
+        ({"prompt": [-1]}, InputError, "vocabulary"),
+        ({"max_new_tokens": 0}, UsageError, "max_new_tokens must be a whole number of at least 1, not 0"),
+        ({"temperature": -0.1}, UsageError, "temperature"),
+        ({"temperature": math.nan}, UsageError, "temperature"),
+        ({"temperature": "hot"}, UsageError, "temperature"),
+        ({"top_p": 1.1}, UsageError, "top_p must be a number from 0 to 1, not 1.1"),
+        ({"top_k": -1}, UsageError, "top_k"),
+        ({"top_k": 2.5}, UsageError, "top_k"),
+        ({"min_p": 2}, UsageError, "min_p"),
+        ({"repetition_penalty": 0}, UsageError, "repetition_penalty"),
+        ({"presence_penalty": math.inf}, UsageError, "presence_penalty"),
+        ({"n": 0}, UsageError, "n must be"),
+        ({"n": True}, UsageError, "n must be"),
+        ({"seed": "x"}, UsageError, "seed"),
+        ({"top_logprobs": -1}, UsageError, "top_logprobs"),
+        ({"stop": "END"}, UsageError, "stop must be a list"),
+        ({"stop": [""]}, UsageError, "stop must be a list"),
+        ({"stop": ["END"]}, UsageError, "tokenizer"),
+    ],
+)
+def test_bad_requests_get_one_sentence(wanted, error, words, dense):
+    engine = Engine(dense, context=20)
+    good = Request([1], max_new_tokens=1)
+    with pytest.raises(error, match=words) as caught:
+        engine.generate([good, Request(**{"prompt": [1], **wanted})])
+    assert type(caught.value) is error and "\n" not in str(caught.value)
+    assert not engine.waiting and engine.step() is False
+
+
+def test_bad_engines():
+    with pytest.raises(UsageError, match="int8"):
+        Engine(make_model(), quantize="int4")
+    biased = LlamaConfig(**SIZES, intermediate_size=96, vocab_size=211, attention_bias=True)
+    with pytest.raises(UsageError, match="plain Llamas"):
+        Engine(LlamaForCausalLM(biased))
