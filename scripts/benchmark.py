@@ -21,6 +21,7 @@ Memory does not grow with vocabulary times tokens; see for yourself at two sizes
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -30,6 +31,8 @@ from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it once: no lines about its start and end
 
 import torch
 import torch.nn.functional as F
