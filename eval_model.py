@@ -24,8 +24,9 @@ from model.errors import InputError, UsageError, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from trainer.flags import MAX_SEED, ROOT, boolean, number
-from trainer.trainer_utils import given_sizes, pick_device, pick_dtype
+from trainer.devices import DTYPES, pick_device, pick_dtype
+from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
+from trainer.trainer_utils import given_sizes
 
 STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]
@@ -44,8 +45,7 @@ QUESTIONS = [  # what the demo data teach, then what users of MiniMind have long
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGES.items())
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    count, share = number(int, 1), number(float, 0, 1)
+    share = number(float, 0, 1)
     add = parser.add_argument
     add("--model_mode", type=int, choices=STAGES, default=1, help=f"which stage's weights: {modes} (default: 1)")
     add("--load", type=int, choices=(0, 1), default=0, help="0: weights of out/, 1: a transformers folder (default: 0)")
@@ -57,34 +57,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tokenizer_path", type=Path, help="folder of a tokenizer (default: model/)")
     add("--preset", choices=PRESETS, help="size of the weights to look for (default: the newest of any size)")
-    add("--hidden_size", type=count, help="width of the weights to look for")
-    add("--num_hidden_layers", type=count, help="depth that the weights must have")
-    add("--use_moe", type=boolean, nargs="?", const=True, help="look for a mixture of experts")
+    add("--hidden_size", type=COUNT, help="width of the weights to look for")
+    add("--num_hidden_layers", type=COUNT, help="depth that the weights must have")
+    add("--use_moe", **SWITCH, help="look for a mixture of experts")
     add("--prompt", help="answer this and exit")
     add(
         "--history_cnt",
         type=number(int, 0),
         help="earlier messages that a question carries along, questions and answers (default: all)",
     )
-    add("--max_new_tokens", type=count, default=256, help="tokens of an answer at most (default: 256)")
-    add("--max_seq_len", type=count, help="tokens of conversation and answer at most (default: the model's context)")
-    add("--truncate", **switch, help="leave the oldest messages out where the conversation does not fit")
+    add("--max_new_tokens", type=COUNT, default=256, help="tokens of an answer at most (default: 256)")
+    add("--max_seq_len", type=COUNT, help="tokens of conversation and answer at most (default: the model's context)")
+    add("--truncate", default=False, **SWITCH, help="leave the oldest messages out where the conversation does not fit")
     add("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token (default: 0.7)")
     add("--top_p", type=number(float, 0.01, 1), default=0.9, help="sample from this share of the probability (0.9)")
     add("--top_k", type=number(int, 0), default=0, help="sample from so many tokens (default: 0, all)")
     add("--min_p", type=share, default=0.0, help="sample from tokens with this share of the best (default: 0, all)")
     add("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="above 1: repeat less (default: 1)")
-    add("--inference_rope_scaling", **switch, help="YaRN: read further than the model was trained")
+    add("--inference_rope_scaling", default=False, **SWITCH, help="YaRN: read further than the model was trained")
     add("--quant", choices=["none", "int8"], default="none", help="int8: faster on a CPU, a little less exact")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
     add(
         "--dtype",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        choices=["auto", *DTYPES],
         default="auto",
         help="of the weights (default: auto; on a CPU float32, with the weights of a file kept as small as they are)",
     )
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of the sampling (default: 42)")
-    add("--debug", **switch, help="show tracebacks of errors")
+    add("--debug", default=False, **SWITCH, help="show tracebacks of errors")
     return parser.parse_args(argv)
 
 

@@ -45,8 +45,8 @@ from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_tokenizer
 from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
 from scripts.make_demo_data import ensure_demo_data
-from trainer.devices import pick_device, pick_dtype
-from trainer.flags import DTYPES, ROOT, boolean, number
+from trainer.devices import DTYPES, pick_device, pick_dtype
+from trainer.flags import COUNT, ROOT, SWITCH, number
 from trainer.optimizers import build_optimizer
 
 # Published peaks of dense bfloat16 products with float32 sums, in TFLOP/s; the first name that occurs in the GPU's.
@@ -72,15 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    size, switch = number(int, 1), {"type": boolean, "nargs": "?", "const": True}
     group = parser.add_argument_group("model")
     group.add_argument("--preset", choices=PRESETS, default="minimind2-small", help="default: minimind2-small")
     for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
-        group.add_argument(f"--{name}", type=size, help="in place of the preset's")
-    group.add_argument("--use_moe", **switch, help="mixture of experts, in place of the preset's choice")
+        group.add_argument(f"--{name}", type=COUNT, help="in place of the preset's")
+    group.add_argument("--use_moe", **SWITCH, help="mixture of experts, in place of the preset's choice")
     group.add_argument(
         "--active_dense",
-        **switch,
+        **SWITCH,
         default=False,
         help="a dense model with as many parameters as a mixture uses at once",
     )
@@ -88,30 +87,30 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="format of the data")
     group.add_argument("--data_path", type=Path, help="JSON lines (default: the embedded demo data)")
     group.add_argument("--max_seq_len", type=number(int, 8), default=512, help="tokens in a row (default: 512)")
-    group.add_argument("--batch_size", type=size, help="rows of a micro-batch (default: 32, 4 on a CPU)")
-    group.add_argument("--accumulation_steps", type=size, help="micro-batches of a step (default: 1, 2 on a CPU)")
-    group.add_argument("--packing", **switch, default=True, help="0: one document a row, padded (default: 1)")
+    group.add_argument("--batch_size", type=COUNT, help="rows of a micro-batch (default: 32, 4 on a CPU)")
+    group.add_argument("--accumulation_steps", type=COUNT, help="micro-batches of a step (default: 1, 2 on a CPU)")
+    group.add_argument("--packing", **SWITCH, default=True, help="0: one document a row, padded (default: 1)")
     group.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
     group.add_argument(
-        "--plain", **switch, default=False,
+        "--plain", **SWITCH, default=False,
         help="the plain loop, whatever the flags above say: float32, eager, one document a padded row, "
         "all logits in float32 at once, torch.optim.AdamW",
     )  # fmt: skip
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps, cpu (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the products (default: auto)")
-    group.add_argument("--use_compile", **switch, default=False, help="torch.compile (default: 0)")
+    group.add_argument("--use_compile", **SWITCH, default=False, help="torch.compile (default: 0)")
     group = parser.add_argument_group("measurement")
-    group.add_argument("--steps", type=size, default=5, help="steps that are timed (default: 5)")
+    group.add_argument("--steps", type=COUNT, default=5, help="steps that are timed (default: 5)")
     group.add_argument("--warmup", type=number(int, 1), default=2, help="steps before these (default: 2)")
     group.add_argument(
         "--against", metavar="FLAGS", help='a second setting, step by step in turn: these flags on top, as "--plain"'
     )
-    group.add_argument("--profile", **switch, default=False, help="print where a step's time goes, by operator")
+    group.add_argument("--profile", **SWITCH, default=False, help="print where a step's time goes, by operator")
     group.add_argument("--json", type=Path, help="write the figures to this file too")
     group.add_argument("--seed", type=number(int, 0), default=42, help="of weights and data order (default: 42)")
     group.add_argument("--out_dir", type=Path, default=ROOT / "out", help="where the token cache lies (default: out/)")
-    group.add_argument("--debug", **switch, default=False, help="show tracebacks of errors")
+    group.add_argument("--debug", **SWITCH, default=False, help="show tracebacks of errors")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

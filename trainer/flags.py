@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.LMConfig import PRESETS
+from trainer.devices import DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 DECAY_RATIO = 0.4  # share of the steps in which the learning rate falls
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def boolean(text: str) -> bool:
