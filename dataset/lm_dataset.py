@@ -293,6 +293,10 @@ class PackedDataset(Dataset):
         row = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
         return {name: torch.from_numpy(values) for name, values in row.items()}
 
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> float:
+        """What the loss of these rows is a sum over, to be divided by the sum of a whole step."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def padding_share(self) -> float:
         """Share of the tokens of an epoch that are padding."""
         return 1 - self.piece_lengths.sum() / (len(self) * self.max_seq_len)

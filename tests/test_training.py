@@ -266,14 +266,14 @@ def test_loss_falls(script, data, tmp_path):
 def test_evaluate_equals_a_direct_computation(script, data, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, dropout=0.5)).train()
-    loss_sum = train_pretrain.next_token_loss if script is train_pretrain else train_full_sft.answer_loss
+    totals = train_pretrain.next_token_loss if script is train_pretrain else train_full_sft.answer_loss
     dataset = dataset_of(script, data, tokenizer, tmp_path)
     nats, targets = map(sum, zip(*(nats_by_hand(model, dataset[i]) for i in range(len(dataset))), strict=True))
     texts = TEXTS if script is train_pretrain else [answer for _, answer in CHATS]
     n_bytes = sum(len(text.encode()) for text in texts)  # the end token is no text
     for batch_size in (1, 3, 64):
         model.train()
-        meters = evaluate(model, dataset, new_run(tmp_path, f"--batch_size={batch_size}"), loss_sum, tokenizer)
+        meters = evaluate(model, dataset, new_run(tmp_path, f"--batch_size={batch_size}"), totals, tokenizer=tokenizer)
         assert model.training
         assert meters["val_loss"] == pytest.approx(nats / targets, rel=1e-5)
         assert meters["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
@@ -460,7 +460,7 @@ def test_interrupt_before_anything_was_learned_leaves_earlier_weights_alone(data
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path):
-    with interrupt_at(3), mock.patch.object(train_pretrain.Run, "add_losses", lambda *_: os.kill(os.getpid(), 2)):
+    with interrupt_at(3), mock.patch.object(train_pretrain.Run, "add", lambda *_, **__: os.kill(os.getpid(), 2)):
         flags = ["--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
         assert ends(*flags) == 130
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.tmp"))
@@ -470,10 +470,10 @@ def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_pat
     rows = []
     evaluate = train_pretrain.evaluate
 
-    def counted(model, val_set, run, loss_sum, *rest):
-        def loss(model, inputs):
-            rows[-1] += len(inputs["input_ids"])
-            return loss_sum(model, inputs)
+    def counted(model, val_set, run, totals, *rest):
+        def loss(model, batch):
+            rows[-1] += len(batch.inputs["input_ids"])
+            return totals(model, batch)
 
         rows.append(0)
         return evaluate(model, val_set, run, loss, *rest)

@@ -29,7 +29,8 @@ def saved_bytes(model: nn.Module, run, tokens: int) -> int:
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         run.autocast(),
     ):
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, return_logits=False)
+        loss = {"labels": ids, "return_logits": False} if hasattr(model, "lm_head") else {}
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **loss)
         total = sum(kept.values())  # while they are alive
     del output
     return total
@@ -38,10 +39,10 @@ def saved_bytes(model: nn.Module, run, tokens: int) -> int:
 def estimate_memory(model: nn.Module, run) -> tuple[float, float]:
     """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
 
-    Gradients and optimizer state are float32 like the weights, which are there already: Muon keeps one number a weight
-    beside the gradient, AdamW two.
+    Gradients and optimizer state are float32 like the weights, which are there already: Muon keeps one number a trained
+    weight beside the gradient, AdamW two.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = 4 * parameters * (2 if run.args.optimizer == "muon" else 3)
     fixed += 3 * 4 * LOSS_CHUNK * model.config.vocab_size  # logits, their gradient, a copy
     short, long = (saved_bytes(model, run, tokens) for tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -27,13 +28,17 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
+MODEL_INPUTS = ("input_ids", "labels", "attention_mask")
+
+
 class MicroBatch(NamedTuple):
     """One forward's worth of rows on one rank: numbers in the dataset, tensors (B, T) on the device, and counts."""
 
     rows: list[int]
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]  # what the model takes
+    extra: dict[str, torch.Tensor]  # what only the loss takes
     tokens: int  # padding left out
-    targets: int
+    targets: float  # what the loss is a mean over
 
 
 class Step(NamedTuple):
@@ -58,9 +63,10 @@ def micro_batches(dataset: PackedDataset, run, rows: list[list[int]]) -> Iterato
         worker_init_fn=leave_group,
     )  # fmt: skip
     for numbers, batch in zip(rows, loader, strict=True):
-        tokens, targets = int((batch["attention_mask"] > 0).sum()), int((batch["labels"] != -100).sum())
-        inputs = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
-        yield MicroBatch([row for row in numbers if row != BLANK], inputs, tokens, targets)
+        tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
+        tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+        inputs = {key: tensors.pop(key) for key in MODEL_INPUTS}
+        yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
 
 
 def leave_group(worker: int) -> None:
@@ -169,10 +175,11 @@ def peak_expert_load(load: torch.Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, val_set: PackedDataset, run, loss_sum: Callable, tokenizer, whole: bool = True
+    model: nn.Module, val_set: PackedDataset, run, totals: Callable, whole: bool = True, tokenizer=None
 ) -> dict[str, float]:
-    """Held-out loss (nats per target) and bits per byte of the targets' text; loss_sum(model, inputs) gives nats.
+    """Held-out means per target of what totals(model, batch) sums up: {"loss": ...} -> {"val_loss": ...}.
 
+    With a tokenizer, val_bpb too: the loss, taken as nats, in bits per byte of the targets' text.
     Over the whole held-out set, or (so that it costs little during a run) its first --eval_rows rows; the ranks share
     the rows, and every rank gets the result.
     """
@@ -180,14 +187,18 @@ def evaluate(
     model.eval()
     rows = range(len(val_set) if whole else min(len(val_set), run.args.eval_rows))
     mine = [batch for step in split_rows(rows, run.batch_size * world_size(), run.batch_size) for batch in step]
-    bytes_of = token_byte_counts(tokenizer).to(run.device)
-    nats = targets = n_bytes = 0
+    bytes_of = token_byte_counts(tokenizer).to(run.device) if tokenizer else None
+    sums: Counter[str] = Counter()
     for batch in micro_batches(val_set, run, mine):
         with run.autocast():
-            nats += float(loss_sum(model, batch.inputs))
-        labels = batch.inputs["labels"]
-        targets, n_bytes = targets + batch.targets, n_bytes + int(bytes_of[labels[labels != -100]].sum())
-    nats, targets, n_bytes = sum_over_ranks([nats, targets, n_bytes], run.device)
+            sums.update({name: float(value) for name, value in totals(model, batch).items()})
+        sums["targets"] += batch.targets
+        if tokenizer:
+            labels = batch.inputs["labels"]
+            sums["bytes"] += int(bytes_of[labels[labels != -100]].sum())
+    sums = dict(zip(sums, sum_over_ranks(list(sums.values()), run.device), strict=True))
     model.train()
     run.logs.pause(time.monotonic() - began)  # left out of tokens/s
-    return {"val_loss": nats / max(targets, 1), "val_bpb": nats / math.log(2) / max(n_bytes, 1)}
+    targets, n_bytes = max(sums.pop("targets"), 1), sums.pop("bytes", None)
+    means = {f"val_{name}": value / targets for name, value in sums.items()}
+    return means if n_bytes is None else means | {"val_bpb": sums["loss"] / math.log(2) / max(n_bytes, 1)}

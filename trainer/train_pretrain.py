@@ -25,6 +25,7 @@ from trainer.distributed import local_main_first
 from trainer.flags import common_parser
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
+    MicroBatch,
     count_steps,
     evaluate,
     is_due,
@@ -36,9 +37,9 @@ from trainer.steps import (
 from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
 
 
-def next_token_loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def next_token_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """- sum_t log p(x_t | x_<t) in nats, over the targets; inputs: three of (B, T) -> scalar."""
-    return model(**inputs, return_logits=False).token_losses.sum()
+    return {"loss": model(**batch.inputs, return_logits=False).token_losses.sum()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
                 with engine.micro_step(last=batch is step.batches[-1]):
                     output = engine(**batch.inputs, return_logits=False)
                     loss = output.token_losses.sum() / step.targets
-                    run.add_losses(batch, output.token_losses, step.targets)
+                    run.add(batch, output.token_losses, step.targets)
                     if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
                         loss = loss + output.aux_loss * len(batch.rows) / step.rows
                     engine.backward(loss)
@@ -94,11 +95,11 @@ def main(args: argparse.Namespace) -> None:
             # 6. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                meters = {"loss": run.mean_loss(), "lr": learning_rate, "grad_norm": float(grad_norm)}
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
                 if output.expert_load is not None:
                     meters["peak_expert_load"] = peak_expert_load(output.expert_load)
                 if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, next_token_loss, tokenizer, step.number == total_steps)
+                    meters |= evaluate(model, val_set, run, next_token_loss, step.number == total_steps, tokenizer)
                 run.log(step.number, meters)
             if is_due(step.number, args.save_interval, total_steps):
                 save(engine, run, train_set)

@@ -61,8 +61,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 class Run:
     """A running script: its processes, device, precision, place in the data, log and files. No algorithm."""
 
-    def __init__(self, args: argparse.Namespace, stage: str):
-        self.args, self.stage = args, stage
+    def __init__(self, args: argparse.Namespace, stage: str, folder: str = ""):
+        """stage names the files of the run; folder: where under --out_dir its weights go."""
+        self.args, self.stage, self.folder = args, stage, folder
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
         choose_defaults(args, self.device)
@@ -77,9 +78,10 @@ class Run:
         self.name = stage  # becomes stage_hidden[_moe] when the model is known
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
         self.step = self.epoch = self.row = self.tokens = self.skipped_steps = 0
-        self.skipped_in_a_row = self.resumed_at = self.loss_from = 0
+        self.skipped_in_a_row = self.resumed_at = self.told_at = 0
         self.checkpoint: dict | None = None  # of the run that this one resumes
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.settings: dict[str, object] = {}  # of this stage alone, that a resumed run must agree with
+        self.sums: dict[str, torch.Tensor] = {}  # of the meters of the steps after told_at, the last that was logged
         self.losses_of_step: list[tuple[list[int], torch.Tensor]] = []  # of each micro-batch: rows, their losses (B,)
         self.stop_signal = 0
         if local_rank() == 0:
@@ -98,7 +100,7 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        return self.args.out_dir / f"{self.name}.pth"
+        return self.args.out_dir / self.folder / f"{self.name}.pth"
 
     def autocast(self):
         """The context for forward passes: matrix products in self.dtype, weights stay float32."""
@@ -107,12 +109,14 @@ class Run:
     def describe(self, model: nn.Module, train_set: PackedDataset, total_steps: int) -> None:
         """Print the arithmetic of the run before its first step, and end it here if it cannot fit into memory."""
         args, parameters = self.args, sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = f", {trained / 1e6:.2f}M of them trained," if trained < parameters else ""
         real = 1 - train_set.padding_share()
         rows = self.batch_size * args.accumulation_steps * world_size()
         per_step = rows * args.max_seq_len * real
         ranks = f"{world_size()} processes x " if world_size() > 1 else ""
         print(
-            f"{self.name}: {parameters / 1e6:.1f}M parameters on {self.device}, {args.optimizer} at "
+            f"{self.name}: {parameters / 1e6:.1f}M parameters{share} on {self.device}, {args.optimizer} at "
             f"{self.learning_rate:g}, {str(self.dtype).removeprefix('torch.')}\n"
             f"{len(train_set.cache.ids):,} tokens in {len(train_set):,} rows of {args.max_seq_len} "
             f"({train_set.padding_share():.1%} padding)\n"
@@ -147,8 +151,8 @@ class Run:
             if len(states) == world_size():
                 set_random_state(states[rank()], self.device)
             print(f"resumed after step {self.step}: epoch {self.epoch + 1}, row {self.row:,}", flush=True)
-            loss_sum, self.loss_from = self.checkpoint["place"]["losses"]
-            self.loss_sum += loss_sum
+            sums, self.told_at = self.checkpoint["place"]["meters"]
+            self.sums = {name: torch.tensor(value, device=self.device) for name, value in sums.items()}
             self.checkpoint = None
         else:
             torch.manual_seed(self.args.seed + rank())  # weights are equal everywhere; dropout need not be
@@ -169,16 +173,15 @@ class Run:
         args = self.args
         return {
             "data hash": train_set.data_hash, "--max_seq_len": args.max_seq_len, "--packing": args.packing,
-            "--seed": args.seed, "rows": len(train_set), "--optimizer": args.optimizer,
+            "--seed": args.seed, "rows": len(train_set), "--optimizer": args.optimizer, **self.settings,
         }  # fmt: skip
 
     def place(self) -> dict:
         """Where the run stands, for its checkpoint; every rank has to call it."""
-        loss_sum = sum_over_ranks([float(self.loss_sum)], self.device)[0] / world_size()
         return {
             "step": self.step, "epoch": self.epoch, "row": self.row, "tokens": self.tokens,
             "skipped_steps": self.skipped_steps, "elapsed_s": self.logs.elapsed(),
-            "losses": (loss_sum, self.loss_from),  # of the steps that no log line has told yet
+            "meters": (self.summed(), self.told_at),  # of the steps that no log line has told yet
             "schedule": (self.schedule_at(self.step), self.schedule_steps),
             "length": (self.args.epochs, self.args.max_steps),
         }  # fmt: skip
@@ -192,18 +195,27 @@ class Run:
         start, first, pace = self.schedule
         return start + (step - first) * pace
 
-    def add_losses(self, batch: MicroBatch, token_losses: torch.Tensor, targets: float) -> None:
-        """Note the token_losses (B, T) of a micro-batch; its step has so many targets per rank. Waits for no device."""
-        row_losses = token_losses.detach().sum(1)
-        self.loss_sum += row_losses.sum() / targets
-        self.losses_of_step.append((batch.rows, row_losses))
+    def add(self, batch: MicroBatch, losses: torch.Tensor, targets: float, **totals: torch.Tensor) -> None:
+        """Note the losses (B, ...) of a micro-batch and other sums over its targets. Waits for no device.
 
-    def mean_loss(self) -> float:
-        """Mean loss of the steps since the last call, over all ranks; every rank has to call it."""
-        total = sum_over_ranks([float(self.loss_sum)], self.device)[0] / world_size()
-        mean = total / max(self.step - self.loss_from, 1)
-        self.loss_sum, self.loss_from = torch.zeros((), device=self.device), self.step
-        return mean
+        targets: of its whole step, per rank (Step.targets).
+        """
+        row_losses = losses.detach().flatten(1).sum(1)
+        self.losses_of_step.append((batch.rows, row_losses))
+        for name, total in {"loss": row_losses.sum(), **totals}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total.detach() / targets
+
+    def summed(self) -> dict[str, float]:
+        """The sums of the meters, over all ranks; every rank has to call it."""
+        totals = sum_over_ranks([float(value) for value in self.sums.values()], self.device)
+        return {name: total / world_size() for name, total in zip(self.sums, totals, strict=True)}
+
+    def means(self) -> dict[str, float]:
+        """Means per target of the steps since the last call, over all ranks; every rank has to call it."""
+        steps = max(self.step - self.told_at, 1)
+        means = {name: total / steps for name, total in self.summed().items()}
+        self.sums, self.told_at = {}, self.step
+        return means
 
     def accept_step(self, grad_norm: torch.Tensor | float, dataset: PackedDataset) -> bool:
         """Whether a step may be taken: False for a non-finite gradient; ten of these in a row end the run."""
@@ -409,12 +421,15 @@ def wants_compile(run: Run, steps: int) -> bool:
     return wanted == "1" or (wanted == "auto" and run.device.type == "cuda" and steps >= 500)
 
 
-def save(engine: Engine, run: Run, train_set: PackedDataset) -> Path:
-    """Write out/<stage>_<hidden>[_moe].pth with its JSON, and the checkpoint for --from_resume; every rank calls it."""
+def save(engine: Engine, run: Run, train_set: PackedDataset, write: Callable = save_weights) -> Path:
+    """Write out/<stage>_<hidden>[_moe].pth with its JSON, and the checkpoint for --from_resume; every rank calls it.
+
+    write: what writes the weights, called as save_weights is.
+    """
     state, place, rng = engine.state(), run.place(), gather(random_state(run.device))
     if run.is_main:
         config = engine.model.config
-        save_weights(
+        write(
             engine.model, run.weights, state=state["weights"], stage=run.stage, tokens_seen=run.tokens,
             data_path=train_set.cache.meta["data_path"], data_hash=train_set.data_hash,
             trained_length=config.original_max_position_embeddings,
