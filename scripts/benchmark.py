@@ -1,4 +1,6 @@
-"""Measure what a training step costs: real tokens/s, padding, matmul share, MFU, memory.
+"""Measure what a training step costs: real tokens/s, padding, matmul share, MFU, memory. And what a reply costs:
+
+    python scripts/benchmark.py generate --help
 
     python scripts/benchmark.py train
     python scripts/benchmark.py train --preset minimind2-moe --batch_size 2 --against "--active_dense"
@@ -44,6 +46,7 @@ from model.errors import UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_tokenizer
 from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
+from scripts import benchmark_generate
 from scripts.make_demo_data import ensure_demo_data
 from trainer.devices import DTYPES, pick_device, pick_dtype
 from trainer.flags import COUNT, ROOT, SWITCH, number
@@ -68,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "train", help="training steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_train_flags(train)
+    generate = commands.add_parser(
+        "generate", help="prefill and decoding, beside transformers' generate and llama.cpp",
+        description=benchmark_generate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    benchmark_generate.add_generate_flags(generate)
     return parser
 
 
@@ -120,8 +128,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         argv[place : place + 2] = [f"--against={argv[place + 1]}"]
     parser = build_parser()
     args = parser.parse_args(argv)
-    # The last of a flag's values counts, so the second setting is the first one with more flags behind it.
-    args.other = parser.parse_args([*argv, *shlex.split(args.against)]) if args.against is not None else None
+    if args.command == "train":  # the last of a flag's values counts: the second setting is the first with more flags
+        args.other = parser.parse_args([*argv, *shlex.split(args.against)]) if args.against is not None else None
     return args
 
 
@@ -413,6 +421,10 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
+    (benchmark_train if args.command == "train" else benchmark_generate.run)(args)
+
+
+def benchmark_train(args: argparse.Namespace) -> None:
     # 1. Build the settings and warm them up
     trainers = [Trainer(each) for each in (args, args.other) if each is not None]
     for trainer in trainers:

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from model.errors import UsageError
+from model.errors import InputError, UsageError
 from model.errors import run_script as run_script_here
+from model.generation import Engine
 from model.LMConfig import MiniMindConfig
+from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from scripts import benchmark
+from scripts import benchmark, benchmark_generate
 from scripts.benchmark import Product, Step, Trainer, model_products, parse_args
 
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--device", "cpu", "--dtype", "float32"]
@@ -180,3 +182,76 @@ def test_mistakes_end_with_one_sentence(capsys, folder, flags, code, named):
 def test_every_flag_is_explained():
     parser = benchmark.build_parser()._subparsers._group_actions[0].choices["train"]
     assert all(action.help for action in parser._actions)
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+TINY_WORK = ["--device=cpu", "--rounds=2", "--new_tokens=6", "--prompt_tokens=9"]
+
+
+@pytest.fixture
+def tiny_weights(tmp_path):
+    torch.manual_seed(3)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))
+    keys = {"stage": "full_sft", "tokens_seen": 1, "data_path": "x", "data_hash": "x", "trained_length": 64}
+    save_weights(model, tmp_path / "full_sft_64.pth", **keys)
+    return tmp_path / "full_sft_64.pth"
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_generate_tells_speed_share_and_equality_of_each(natural, tiny_weights, tmp_path, capsys):
+    flags = ["--weight", str(tiny_weights), "--batch", "1", "3", *TINY_WORK, *["--natural"] * natural]
+    benchmark.main(parse_args(["generate", *flags, "--json", str(tmp_path / "g.json")]))
+    report = json.loads((tmp_path / "g.json").read_text())
+    for batch in ("1", "3"):
+        figures = report["figures"][batch]
+        assert figures["engine"]["same_tokens"] == figures["generate float32"]["same_tokens"] == 1
+        for each in figures.values():
+            assert each["prefill_tokens_per_s"] > 0 and each["decode_tokens_per_s"] > 0
+        best = max(each["over_generate"][0] for name, each in figures.items() if "generate" in name)
+        assert 0.5 < best <= 1
+    assert "batch 3" in capsys.readouterr().out
+
+
+def test_contenders_do_the_same_work():
+    """Prompts of unequal length: the replies are generate's, and only tokens behind the first of each are counted."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).eval()
+    prompts = [[5, 9, 11], [7, 8, 30, 60, 4, 17, 23]]
+    ours = benchmark_generate.run_engine(Engine(model), prompts, 5, natural=False)
+    theirs = benchmark_generate.run_generate(model, prompts, 5, natural=False)
+    assert ours.replies == theirs.replies and [len(reply) for reply in ours.replies] == [5, 5]
+    assert ours.decoded == theirs.decoded == 8
+
+
+def test_natural_replies_end_at_the_end_token():
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).eval()
+    prompts = [[5, 9, 11], [7, 8, 30, 60, 4, 17, 23]]
+    free = benchmark_generate.run_generate(model, prompts, 8, natural=False).replies
+    model.config.eos_token_id = free[0][2]  # as if this token ended replies
+    place = free[0].index(model.config.eos_token_id)
+    runs = [benchmark_generate.run_generate(model, prompts, 8, natural=True)]
+    runs.append(benchmark_generate.run_engine(Engine(model), prompts, 8, natural=True))
+    for run in runs:
+        assert run.replies[0] == free[0][: place + 1]
+        assert run.decoded == sum(map(len, run.replies)) - 2
+
+
+def test_limits_count_what_a_step_reads_and_multiplies():
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100))
+    parameters = sum(p.numel() for p in model.parameters())  # the embedding is the head too: read once
+    cached = 10 * 2 * 2 * 16 * 7  # sequences, layers, keys and values, 2 heads of 8, tokens
+    slow_memory = benchmark_generate.least_step_seconds(model, 10, 7, 2, 4, (1.0, 1e30))
+    slow_products = benchmark_generate.least_step_seconds(model, 10, 7, 2, 4, (1e30, 1.0))
+    assert slow_memory == 2 * parameters + 4 * cached
+    assert slow_products == 10 * 2 * (parameters + 2 * 2 * 64 * 7)
+
+
+def test_generate_refuses_what_it_cannot_measure(tmp_path):
+    with pytest.raises(UsageError, match="--weight"):
+        benchmark.main(parse_args(["generate", "--natural"]))
+    gguf = ["--batch=1", "--preset=minimind2-small", f"--gguf={tmp_path / 'none.gguf'}"]
+    with pytest.raises(InputError, match=r"llama-cpp-python|none\.gguf does not exist"):
+        benchmark.main(parse_args(["generate", *gguf]))
