@@ -20,12 +20,15 @@ question becomes
 and the answer is the letter whose text " A", " B", " C" or " D" has the highest log-probability after it: the layout
 and the scoring of lm-eval's CMMLU tasks, so that the figures can be compared. A guesser gets 25%; the interval beside
 each figure is Wilson's at 95%.
+
+--lm_eval_tasks FOLDER writes the same questions as task files for lm-eval instead, and prints its command.
 """
 
 import argparse
 import csv
 import json
 import math
+import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -72,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=number(int, 1), default=16, help="prompts of a forward pass (default: 16)")
     add("--csv", type=Path, help="write every question with its four log-probabilities here")
     add("--json", type=Path, help="write the table here")
+    add("--lm_eval_tasks", type=Path, help="answer nothing: write the questions as tasks for lm-eval into this folder")
     add_weight_flags(parser, "full_sft", list(TRAINED_BY))
     return parser.parse_args(argv)
 
@@ -90,6 +94,9 @@ def main(args: argparse.Namespace) -> None:
         header = args.header.format(subject=names.get(subject, subject.replace("_", " ")))
         questions += rows
         prompts += ["\n\n".join([header, *shots, row.text]) for row in rows]
+    if args.lm_eval_tasks:
+        write_tasks(args.lm_eval_tasks, questions, prompts)
+        return
 
     # 2. Model
     path, model, _, tokenizer = open_model(args)
@@ -185,6 +192,35 @@ def subject_names(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         return {key: value[1] for key, value in mapping.items()}, {key: value[2] for key, value in mapping.items()}
     except (ValueError, AttributeError, IndexError, TypeError, KeyError):
         raise InputError(f"{path} is no mapping of subjects to [English name, Chinese name, category]") from None
+
+
+def write_tasks(folder: Path, questions: list[Question], prompts: list[str]) -> None:
+    """A task file and its rows for each subject, and the group "local_choice" of them all. (JSON is YAML too.)"""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict]] = defaultdict(list)
+    for question, prompt in zip(questions, prompts, strict=True):
+        rows[question.subject].append({"prompt": prompt, "gold": question.answer})
+    accuracy = {"metric": "acc", "aggregation": "mean"}
+    for subject, its in rows.items():
+        data = (folder / f"{subject}.jsonl").resolve()
+        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in its), encoding="utf-8")
+        task = {
+            "task": f"local_{subject}", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "prompt",
+            "doc_to_choice": list(LETTERS), "doc_to_target": "gold",
+            "metric_list": [{**accuracy, "higher_is_better": True}],
+        }  # fmt: skip
+        (folder / f"{subject}.yaml").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
+    group = {
+        "group": "local_choice", "task": [f"local_{subject}" for subject in rows],
+        "aggregate_metric_list": [{**accuracy, "weight_by_size": True}],
+    }  # fmt: skip
+    (folder / "local_choice.yaml").write_text(json.dumps(group, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"{len(prompts)} questions on {len(rows)} subjects in {folder}; on a folder of scripts/convert_model.py:\n"
+        f"lm_eval --model hf --model_args pretrained=FOLDER,dtype=float32 --tasks local_choice "
+        f"--include_path {shlex.quote(str(folder))} --batch_size 16"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring

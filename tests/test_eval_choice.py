@@ -4,6 +4,9 @@ import csv
 import json
 import math
 import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from model.errors import InputError
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from scripts import eval_choice
+from scripts import convert_model, eval_choice
 
 HEADER = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"
 SUBJECTS = {"anatomy": 7, "law": 5}  # questions
@@ -145,6 +148,28 @@ def test_agrees_with_lm_eval(shots, folder, model, tokenizer, evaluate):
     ours = evaluate(folder, f"--shots={shots}")
     for subject in SUBJECTS:
         assert theirs["results"][f"local_{subject}"]["acc,none"] == pytest.approx(ours[subject]["accuracy"])
+
+
+def test_lm_eval_runs_the_written_tasks_on_an_exported_folder(folder, evaluate, tmp_path, capsys):
+    """The documented commands, for real: convert, write the tasks, run what was printed."""
+    pytest.importorskip("lm_eval", reason="development package")
+    ours = evaluate(folder, "--shots=2")
+    convert_model.main(
+        convert_model.parse_args([str(tmp_path / "out" / "full_sft_64.pth"), str(tmp_path / "exported")])
+    )
+    capsys.readouterr()
+    flags = [str(folder), "--shots=2", f"--lm_eval_tasks={tmp_path / 'tasks'}"]
+    eval_choice.main(eval_choice.parse_args(flags))
+    printed = capsys.readouterr().out.splitlines()[-1].replace("FOLDER", str(tmp_path / "exported"))
+    command = [sys.executable, "-m", *shlex.split(printed), "--device=cpu", f"--output_path={tmp_path / 'result'}"]
+    env = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tmp_path / "result").rglob("results_*.json")
+    theirs = json.loads(result.read_text())["results"]
+    for subject in SUBJECTS:
+        assert theirs[f"local_{subject}"]["acc,none"] == pytest.approx(ours[subject]["accuracy"])
+    assert theirs["local_choice"]["acc,none"] == pytest.approx(ours["all"]["accuracy"])
 
 
 def test_categories_splits_limits_and_intervals(folder, evaluate, capsys):

@@ -1,0 +1,176 @@
+"""Weights of this project as a transformers folder of a class that other programs know, and back.
+
+    python scripts/convert_model.py out/full_sft_512.pth exported/       dense: Llama; a mixture: GraniteMoeShared
+    python scripts/convert_model.py exported/ out/full_sft_512.pth       a folder of a Llama or of MiniMind's own: .pth
+
+Both compute exactly what MiniMind computes. The folder holds safetensors in the precision of the .pth, config and
+tokenizer, readable by transformers 4 and 5. It is loaded again and its logits are compared before it is called done.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from dataset.lm_dataset import file_hash
+from model.decoder import own_config
+from model.errors import InputError, UsageError, run_script
+from model.LMConfig import PRESETS
+from model.loading import check_vocab, load_model, load_tokenizer, save_weights
+from model.model_minimind import MiniMindForCausalLM
+from trainer.flags import SWITCH
+
+TOLERANCE = 1e-4  # of logits in float32
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, help="a .pth file or a transformers folder")
+    add("target", type=Path, help="a folder, or a .pth file where the source is a folder")
+    add("--tokenizer_path", type=Path, help="folder of the tokenizer to put beside the weights (default: model/)")
+    add("--preset", choices=PRESETS, help="size of a .pth file that has no JSON beside it")
+    add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
+    return parser.parse_args(argv)
+
+
+def sizes(config) -> dict:
+    """The config fields that Llama, Granite and MiniMind share."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    names += ("bos_token_id", "eos_token_id", "pad_token_id")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {name: getattr(config, name) for name in names} | {"rope_parameters": rope}
+
+
+def to_llama(model: MiniMindForCausalLM) -> LlamaForCausalLM:
+    """A dense model: the names of the weights are the same."""
+    llama = LlamaForCausalLM(LlamaConfig(**sizes(model.config), attention_bias=False, mlp_bias=False))
+    llama.load_state_dict(model.state_dict())
+    return llama
+
+
+def to_granite(model: MiniMindForCausalLM) -> GraniteMoeSharedForCausalLM:
+    """A mixture: shared experts side by side are one wider network; the router's softmax over the chosen experts
+    equals ours over all, renormalised."""
+    config = model.config
+    if not config.norm_topk_prob:
+        raise UsageError("a mixture with norm_topk_prob false has no equal in transformers: it cannot be exported")
+    granite = GraniteMoeSharedForCausalLM(
+        GraniteMoeSharedConfig(
+            **sizes(config), attention_multiplier=1 / math.sqrt(config.head_dim),
+            embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0,
+            num_local_experts=config.n_routed_experts, num_experts_per_tok=config.num_experts_per_tok,
+            shared_intermediate_size=config.n_shared_experts * config.intermediate_size,
+        )
+    )  # fmt: skip
+    state = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
+    for number, block in enumerate(model.model.layers):
+        mlp, layer = block.mlp, f"model.layers.{number}."
+        experts = layer + "block_sparse_moe."
+        state |= {
+            experts + "router.weight": mlp.gate.weight,
+            experts + "experts.gate_up_proj": torch.stack([gate_up(expert) for expert in mlp.experts]),
+            experts + "experts.down_proj": torch.stack([expert.down_proj.weight for expert in mlp.experts]),
+        }
+        if len(mlp.shared_experts):
+            gates = [expert.gate_proj.weight for expert in mlp.shared_experts]
+            ups = [expert.up_proj.weight for expert in mlp.shared_experts]
+            downs = [expert.down_proj.weight for expert in mlp.shared_experts]
+            state[layer + "shared_mlp.input_linear.weight"] = torch.cat([*gates, *ups])
+            state[layer + "shared_mlp.output_linear.weight"] = torch.cat(downs, dim=1)
+    granite.load_state_dict(state)
+    return granite
+
+
+def gate_up(expert) -> torch.Tensor:
+    return torch.cat((expert.gate_proj.weight, expert.up_proj.weight))
+
+
+@torch.inference_mode()
+def difference(ours: PreTrainedModel, theirs: PreTrainedModel) -> float:
+    """The largest difference of logits on some tokens, both in float32."""
+    ids = torch.randint(ours.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+    return float((ours.float()(ids).logits - theirs.float()(ids).logits).abs().max())
+
+
+def make_portable(folder: Path, theta: float) -> None:
+    """What transformers 4 needs: rope_theta on its own (else it takes 10,000 in silence)."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
+
+
+def export(model: MiniMindForCausalLM, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> float:
+    """Write a transformers folder, beside its name first -> how far its logits are from the model's."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already: name another folder, or remove it")
+    exported = (to_granite if model.config.use_moe else to_llama)(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting") as scratch:
+        folder = Path(scratch) / "model"
+        exported.to(dtype).save_pretrained(folder)
+        make_portable(folder, model.config.rope_theta)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tokenizer_folder / name, folder)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        error = difference(model, again)
+        if not error <= TOLERANCE:
+            raise InputError(f"{target} was not written: its logits are {error:.1e} from those of the source")
+        if target.is_dir():
+            target.rmdir()
+        folder.rename(target)
+    return error
+
+
+def restore(model: PreTrainedModel, info: dict, source: Path, target: Path) -> float:
+    """Write a .pth of a folder's weights -> how far its logits are from the folder's."""
+    if getattr(model.config, "model_type", None) not in ("llama", "minimind"):
+        raise InputError(
+            f"{source} holds a {model.config.model_type} model: only Llama and MiniMind's own become a .pth"
+        )
+    config = own_config(model.config)
+    config.original_max_position_embeddings = info.get("trained_length") or config.original_max_position_embeddings
+    own = MiniMindForCausalLM(config).eval()
+    own.load_state_dict(model.state_dict())
+    own.tie_weights()
+    weights = next(iter(sorted(source.glob("*.safetensors"))), source / "config.json")
+    save_weights(
+        own, target, stage=target.stem.rsplit("_", 1)[0], tokens_seen=0, data_path=source,
+        data_hash=file_hash(weights), trained_length=config.original_max_position_embeddings,
+    )  # fmt: skip
+    return difference(model, load_model(target)[0])
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.source.is_dir() == (args.target.suffix != ".pth"):
+        raise UsageError("one side must be a .pth file, the other a folder")
+    model, info = load_model(args.source, preset=args.preset)
+    if args.source.is_dir():
+        error = restore(model, info, args.source, args.target)
+    else:
+        tokenizer_folder = args.tokenizer_path or Path(__file__).resolve().parents[1] / "model"
+        check_vocab(load_tokenizer(tokenizer_folder), model.config)
+        dtype = getattr(torch, info.get("dtype", "float16"))
+        error = export(model, tokenizer_folder, args.target, dtype)
+    print(f"wrote {args.target}; logits within {error:.1e} of {args.source}")
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)

@@ -1,0 +1,82 @@
+"""scripts/convert_model.py: the same logits in the classes of transformers, and back."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeSharedForCausalLM, LlamaForCausalLM
+
+from model.errors import InputError, UsageError
+from model.LMConfig import MiniMindConfig
+from model.loading import load_model, save_weights
+from model.model_minimind import MiniMindForCausalLM
+from scripts import convert_model
+
+KEYS = {"stage": "full_sft", "tokens_seen": 7, "data_path": "x", "data_hash": "x", "trained_length": 64}
+KINDS = {
+    "dense": {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e4},
+    "mixture": {"use_moe": True, "n_shared_experts": 2, "n_routed_experts": 3, "num_experts_per_tok": 2},
+    "routed": {"use_moe": True, "n_shared_experts": 0},
+}
+
+
+def convert(*flags):
+    convert_model.main(convert_model.parse_args(list(map(str, flags))))
+
+
+@pytest.fixture(params=KINDS)
+def weights(request, tmp_path):
+    torch.manual_seed(1)
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, **KINDS[request.param])
+    model = MiniMindForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    path = tmp_path / f"full_sft_64{'_moe' if config.use_moe else ''}.pth"
+    save_weights(model, path, **KEYS)
+    return path
+
+
+@torch.no_grad()
+def test_export_gives_the_same_logits_in_a_native_class(weights, tmp_path):
+    convert(weights, tmp_path / "folder")
+    ours, _ = load_model(weights)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    assert isinstance(theirs, GraniteMoeSharedForCausalLM if ours.config.use_moe else LlamaForCausalLM)
+    ids = torch.randint(6400, (2, 90))
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=2e-5)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["rope_theta"] == ours.config.rope_theta  # transformers 4 reads it there
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    turns = [{"role": "user", "content": "你好 there"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).endswith("assistant\n")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_there_and_back_gives_the_same_bits(tmp_path):
+    torch.manual_seed(2)
+    save_weights(
+        MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)), tmp_path / "a_64.pth", **KEYS
+    )
+    convert(tmp_path / "a_64.pth", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back_64.pth")
+    first, again = (torch.load(tmp_path / name, weights_only=True) for name in ("a_64.pth", "back_64.pth"))
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    assert load_model(tmp_path / "back_64.pth")[0].config.rope_theta == 1e6
+
+
+def test_a_wrong_export_is_not_left_behind(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_model, "difference", lambda *_: float("nan"))
+    with pytest.raises(InputError, match="not written"):
+        convert(weights, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_is_there_stays(weights, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        convert(weights, tmp_path / "folder")
+    with pytest.raises(UsageError, match="one side"):
+        convert(weights, tmp_path / "other.pth")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes.txt"]
