@@ -4,6 +4,7 @@ python eval_model.py --model_mode 1                     asks which on a terminal
 python eval_model.py --model_mode 1 --prompt "..."      answers and exits
 python eval_model.py --model_mode 0                     the pretrained model continues texts
 python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class or Llama)
+python eval_model.py --lora_name lora_identity          with an adapter of trainer/train_lora.py, merged in
 
 Modes: 0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 ppo_actor, 5 grpo, 6 spo, 7 distill.
 """
@@ -20,10 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.chat import encode_prompt
+from dataset.lm_dataset import file_hash
 from model.errors import InputError, UsageError, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
+from model.model_lora import detach, find_lora, load_lora, merge
 from trainer.devices import DTYPES, pick_device, pick_dtype
 from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 from trainer.trainer_utils import given_sizes
@@ -54,6 +57,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--weight",
         type=Path,
         help="a .pth file or a transformers folder (default: the stage's newest weights; with --load 1: MiniMind2)",
+    )
+    add(
+        "--lora_name",
+        help="adapter of out/lora/ to merge in, or a .pth file, or a folder of PEFT's; made for these very weights",
     )
     add("--tokenizer_path", type=Path, help="folder of a tokenizer (default: model/)")
     add("--preset", choices=PRESETS, help="size of the weights to look for (default: the newest of any size)")
@@ -108,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(own)
     check_vocab(tokenizer, model.config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {parameters / 1e6:.1f}M parameters, {info.get('tokens_seen') or 0:,} tokens seen, on {device}\n")
+    adapter = "" if args.lora_name is None else merge_adapter(model, path, args)
+    seen = f"{info.get('tokens_seen') or 0:,} tokens seen"
+    print(f"{path}{adapter}: {parameters / 1e6:.1f}M parameters, {seen}, on {device}\n")
 
     # 2. Questions
     engine = Engine(
@@ -127,6 +136,16 @@ def main(args: argparse.Namespace) -> None:
             f"{len(ids)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s; "
             f"{repetition(ids):.1%} of the 4-token pieces stood in the same answer before"
         )
+
+
+def merge_adapter(model: torch.nn.Module, base: Path, args: argparse.Namespace) -> str:
+    """Add the adapter that --lora_name means to the model's weights -> " + its file", and whether others are below."""
+    path = find_lora(args.out_dir, args.lora_name, model.config)
+    trained_on = load_lora(model, path).get("base")
+    merge(model)
+    detach(model)
+    other = trained_on and base.is_file() and file_hash(base) != trained_on["hash"]
+    return f" + {path}" + (f" (note: trained on other weights, {trained_on['name']})" if other else "")
 
 
 def ask_for_typing() -> bool:

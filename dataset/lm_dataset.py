@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.chat import EncodedConversation, encode_conversations, validate_conversation
+from dataset.chat import EncodedConversation, encode_conversations, render_assistant, validate_conversation
 from model.errors import InputError
 
 IGNORED = -100
@@ -95,11 +95,33 @@ def row_conversation(row: dict, where: str) -> list[dict]:
     return row["conversations"]
 
 
+def row_pair(row: dict, where: str) -> tuple[list[dict], list[dict]]:
+    """The two conversations of a preference row, validated: one prompt, two different answers to it."""
+    if "chosen" not in row or "rejected" not in row:
+        raise InputError(
+            f'{where}: a preference row needs "chosen" and "rejected", this one has the keys {sorted(row)}'
+        )
+    for side in ("chosen", "rejected"):
+        validate_conversation(row[side], where=f"{where}: {side}")
+        last = row[side][-1]
+        if last["role"] != "assistant":
+            raise InputError(f"{where}: {side}: the last turn is the {last['role']}'s, it must be the answer")
+        if not render_assistant(last).strip():
+            raise InputError(f"{where}: {side}: the last turn, the answer, is blank")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen[:-1] != rejected[:-1]:
+        raise InputError(f"{where}: chosen and rejected differ before their last turn: give both the same prompt")
+    if render_assistant(chosen[-1]) == render_assistant(rejected[-1]):
+        raise InputError(f"{where}: chosen and rejected are the same answer: there is nothing to prefer")
+    return chosen, rejected
+
+
 class Encoded(NamedTuple):
-    """One document: ids (n,), and 1 where the token is a target (None: all are)."""
+    """One document: ids (n,), 1 where the token is a target (None: all are), where the second one of a pair begins."""
 
     ids: list[int]
     is_target: list[bool] | None
+    border: int | None = None
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
@@ -132,9 +154,31 @@ def encode_chats(tokenizer, conversations: list[list[dict]], max_seq_len: int) -
     return [fit_conversation(encoded, max_seq_len) for encoded in encode_conversations(tokenizer, conversations)]
 
 
+def fit_answer(encoded: EncodedConversation, limit: int) -> Encoded | None:
+    """A conversation whose last turn alone is the target, cut to `limit` tokens in it; None if none of it is left."""
+    begin = encoded.turn_ends[-2]  # the default system turn is written too, so there are at least three
+    is_target = [place >= begin and label != IGNORED for place, label in enumerate(encoded.labels)][:limit]
+    return Encoded(encoded.ids[:limit], is_target) if any(is_target) else None
+
+
+def encode_pairs(tokenizer, pairs: list[tuple[list[dict], list[dict]]], max_seq_len: int) -> list[Encoded | None]:
+    """Chosen and rejected conversation behind one another, each cut to half a row; the targets are their last turns.
+
+    None where the prompt leaves no room for an answer, or where what is left of the two answers is the same.
+    """
+    encoded = encode_conversations(tokenizer, [conversation for pair in pairs for conversation in pair])
+    sides = [fit_answer(conversation, max_seq_len // 2) for conversation in encoded]
+    return [
+        Encoded(chosen.ids + rejected.ids, chosen.is_target + rejected.is_target, len(chosen.ids))
+        if chosen and rejected and chosen.ids != rejected.ids
+        else None
+        for chosen, rejected in zip(sides[::2], sides[1::2], strict=True)
+    ]
+
+
 class TokenCache:
     """Token ids of all documents of a file: ids (N,) and targets (N,) memory-mapped, bounds (documents + 1,), and the
-    line of the file that each came from, (documents,)."""
+    line of the file that each came from, (documents,). A document that is a pair has its border in borders."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -143,6 +187,7 @@ class TokenCache:
         self.targets = np.memmap(folder / "targets.bin", dtype=bool, mode="r") if self.meta["masked"] else None
         self.bounds = np.load(folder / "bounds.npy")
         self.lines = np.load(folder / "lines.npy")
+        self.borders = np.load(folder / "borders.npy") if (folder / "borders.npy").exists() else None
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a loader's worker process maps the files again instead of copying them
@@ -190,7 +235,7 @@ def write_documents(
     path: Path, tokenizer, folder: Path, dtype: np.dtype, check_row: Callable, encode: Callable, masked: bool
 ) -> dict[str, int]:
     """Stream a file through the tokenizer into folder; return how many documents were kept, shortened and skipped."""
-    bounds, lines, skipped = array("q", [0]), array("q"), 0
+    bounds, lines, borders, skipped = array("q", [0]), array("q"), array("q"), 0
     with (
         open(folder / "ids.bin", "wb") as ids_file,
         open(folder / "targets.bin", "wb") as targets_file,
@@ -208,10 +253,14 @@ def write_documents(
                     targets_file.write(np.asarray(document.is_target, bool).tobytes())
                 bounds.append(bounds[-1] + len(document.ids))
                 lines.append(number)
+                if document.border is not None:
+                    borders.append(document.border)
     if len(bounds) == 1:
         raise InputError(f"{path}: no row is left with anything to learn at this --max_seq_len")
     np.save(folder / "bounds.npy", np.frombuffer(bounds, dtype=np.int64))
     np.save(folder / "lines.npy", np.frombuffer(lines, dtype=np.int64))
+    if borders:
+        np.save(folder / "borders.npy", np.frombuffer(borders, dtype=np.int64))
     return {"documents": len(bounds) - 1, "skipped": skipped, "tokens": bounds[-1]}
 
 
@@ -334,6 +383,57 @@ class SFTDataset(PackedDataset):
                 f"{path}: {skipped} conversations have no answer within {max_seq_len} tokens and are left out",
                 file=sys.stderr,
             )
+
+
+class DPODataset(PackedDataset):
+    """{"chosen": ..., "rejected": ...} rows; the targets are the two answers, each in a document of its own.
+
+    A pair stays in one row: the i-th one is the documents 2i - 1 (chosen) and 2i (rejected), i = 1, 2, ... Where
+    `reference` is set, the log-probabilities (pairs, 2) float32 of the two answers under a frozen model, a row holds
+    them too: "reference" (T,) float32, at the first token of each document and 0 elsewhere.
+    """
+
+    def __init__(self, path, tokenizer, max_seq_len: int, cache_dir, packing: bool = True, seed: int = 0):
+        def encode(tokenizer, pairs):
+            return encode_pairs(tokenizer, pairs, max_seq_len)
+
+        self.reference: np.ndarray | None = None
+        cache = tokenize_file(
+            Path(path), tokenizer, Path(cache_dir), f"dpo {max_seq_len}", row_pair, encode, masked=True
+        )
+        super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
+        if skipped := cache.meta["skipped"]:
+            print(
+                f"{path}: {skipped} pairs have no two different answers within {max_seq_len // 2} tokens each and are "
+                "left out",
+                file=sys.stderr,
+            )
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        documents, begin = row["attention_mask"], 0
+        documents *= 2
+        reference = torch.zeros(self.max_seq_len)
+        for pair in self.pieces_of(index) if index != BLANK else ():
+            border = begin + int(self.cache.borders[pair])
+            documents[begin:border] -= 1
+            if self.reference is not None:
+                reference[begin], reference[border] = self.reference[pair].tolist()
+            begin += int(self.piece_lengths[pair])
+        return row if self.reference is None else row | {"reference": reference}
+
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> int:
+        """Pairs in these rows."""
+        return int(batch["attention_mask"].amax(1).sum()) // 2
+
+
+def sum_by_pair(values: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """Sums over the documents of pairs: values (B, T), documents (B, T) numbered 1, 2, ... -> (B, P, 2).
+
+    P: pairs in the fullest of the rows; a row with fewer has zeros behind them.
+    """
+    sums = values.new_zeros(len(values), int(documents.max()) + 1)
+    return sums.scatter_add(1, documents, values)[:, 1:].unflatten(1, (-1, 2))
 
 
 def token_byte_counts(tokenizer) -> torch.Tensor:

@@ -178,9 +178,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     inference_rope_scaling: bool = False,
+    kind: type[PreTrainedModel] = MiniMindForCausalLM,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A .pth (with or without its JSON) or a transformers folder -> the model in eval mode, and what is known of it.
 
+    kind: the class that the weights must be of, MiniMindForCausalLM or MiniMindForScoring (model/heads.py).
     preset and config_overrides are what the caller believes of the sizes: they fill in what a file does not say, and
     raise InputError where they contradict it.
     """
@@ -199,9 +201,9 @@ def load_model(
     if not path.exists():
         raise InputError(missing(path))
     if path.is_dir():
-        model, info = load_folder(path, wanted, dtype)
+        model, info = load_folder(path, wanted, dtype, kind)
     else:
-        model, info = load_pth(path, wanted, dtype)
+        model, info = load_pth(path, wanted, dtype, kind)
     return model.to(device).eval(), info
 
 
@@ -213,7 +215,9 @@ def missing(path: Path) -> str:
     return f"{path} does not exist: {advice} ({path.parent} holds {', '.join(there) if there else 'no weights'})"
 
 
-def load_pth(path: Path, wanted: dict[str, Any], dtype: torch.dtype) -> tuple[MiniMindForCausalLM, dict[str, Any]]:
+def load_pth(
+    path: Path, wanted: dict[str, Any], dtype: torch.dtype, kind: type[PreTrainedModel]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a .pth file; its sizes come from the JSON beside it, or from the shapes of its tensors."""
     state = read_state_dict(path)
     info = read_info(path.with_suffix(".json"))
@@ -225,7 +229,7 @@ def load_pth(path: Path, wanted: dict[str, Any], dtype: torch.dtype) -> tuple[Mi
     except UsageError as error:
         raise InputError(f"{source}: {error}") from error
     with torch.device("meta"):  # no memory, no random numbers: the file brings every value
-        model = MiniMindForCausalLM(config)
+        model = kind(config)
     check_state(path, state, model)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     model.tie_weights()
@@ -314,9 +318,13 @@ def agree(known: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
             )
 
 
-def check_state(path: Path, state: dict[str, Tensor], model: MiniMindForCausalLM) -> None:
+def check_state(path: Path, state: dict[str, Tensor], model: PreTrainedModel) -> None:
     """Raise InputError, in one sentence, unless the file has exactly the model's tensors."""
     expected = model.state_dict()
+    if "score.weight" in state and "score.weight" not in expected:
+        raise InputError(f"{path} is a reward model, not a language model: name the weights of another stage")
+    if "lm_head.weight" in state and "lm_head.weight" not in expected:
+        raise InputError(f"{path} is a language model, not a reward model: train one with trainer/train_reward.py")
     is_moe = any(".experts." in name for name in state)
     if is_moe != model.config.use_moe:
         kinds = ("a dense model", "a model with experts")
@@ -331,13 +339,17 @@ def check_state(path: Path, state: dict[str, Tensor], model: MiniMindForCausalLM
         if tensor.shape != state[name].shape:
             shapes = f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the config"
             raise InputError(f"{path} does not fit: {shapes}")
-    if model.config.tie_word_embeddings and not torch.equal(
-        state["lm_head.weight"], state["model.embed_tokens.weight"]
+    if (
+        "lm_head.weight" in expected
+        and model.config.tie_word_embeddings
+        and not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
     ):
         raise InputError(f"{path} has an lm_head of its own, but its config says tie_word_embeddings")
 
 
-def load_folder(path: Path, wanted: dict[str, Any], dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_folder(
+    path: Path, wanted: dict[str, Any], dtype: torch.dtype, kind: type[PreTrainedModel]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A transformers folder: MiniMind's own class, or one that transformers brings (Llama ...); no foreign code."""
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is no transformers folder: it has no config.json")
@@ -352,7 +364,9 @@ def load_folder(path: Path, wanted: dict[str, Any], dtype: torch.dtype) -> tuple
             setattr(config, name, wanted[name])
     elif wanted.get("inference_rope_scaling"):
         stretch_foreign(config)
-    loader = MiniMindForCausalLM if own else AutoModelForCausalLM
+    if not own and kind is not MiniMindForCausalLM:
+        raise InputError(f"{path} is no folder of MiniMind's own: its config.json has another model_type")
+    loader = kind if own else AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype, output_loading_info=True

@@ -350,7 +350,7 @@ class MoEFeedForward(nn.Module):
     def route(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts, tokens sorted by expert: x (N, D), weights and chosen (N, k) -> (N, D)."""
         on_cpu = x.device.type == "cpu"
-        if not on_cpu and not can_group(x, self.experts[0].gate_proj.weight):
+        if not on_cpu and not (can_group(x, self.experts[0].gate_proj.weight) and are_plain(self.experts)):
             return self.route_all(x, weights, chosen)
         order = chosen.flatten().argsort(stable=True)  # (N k,)
         counts = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(dim=1)  # (E,)
@@ -390,6 +390,11 @@ def can_group(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape):
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def are_plain(experts: nn.ModuleList) -> bool:
+    """Whether the weights are all that the experts' layers compute with: an adapter (LoRA) stands beside them."""
+    return all(type(layer) is nn.Linear for expert in experts for layer in expert.children())
 
 
 def balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None, config: MiniMindConfig) -> tuple[Tensor, Tensor]:

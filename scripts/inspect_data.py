@@ -2,6 +2,7 @@
 
     python scripts/inspect_data.py my_chats.jsonl
     python scripts/inspect_data.py my_texts.jsonl --max_seq_len 256 --packed
+    python scripts/inspect_data.py my_pairs.jsonl --max_seq_len 1024
 
 Tokens are coloured by what training does with them: green is learned (a target), grey is read but not learned, red is
 cut off because it lies beyond --max_seq_len. With --packed whole rows are shown as the model gets them, a rule between
@@ -19,13 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.chat import encode_conversations
 from dataset.lm_dataset import (
     IGNORED,
+    DPODataset,
+    Encoded,
     PretrainDataset,
     SFTDataset,
     encode_texts,
+    fit_answer,
     fit_conversation,
     parse_line,
     read_lines,
     row_conversation,
+    row_pair,
     row_text,
 )  # fmt: skip
 from model.errors import InputError, run_script
@@ -35,6 +40,8 @@ from trainer.flags import ROOT, boolean, number
 GREEN, GREY, RED, PLAIN = "\x1b[30;42m", "\x1b[90m", "\x1b[37;41m", "\x1b[0m"
 MARKS = {GREEN: "+", GREY: " ", RED: "x"}  # where there are no colours
 SHOWN_ERRORS = 20
+DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}
+CHECKS = {"pretrain": row_text, "sft": row_conversation, "dpo": row_pair}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     switch = {"type": boolean, "nargs": "?", "const": True}
     parser.add_argument("file", type=Path, help="JSON lines to look at")
     parser.add_argument(
-        "--format", choices=["auto", "pretrain", "sft"], default="auto", help="default: by the first row's keys"
+        "--format", choices=["auto", *DATASETS], default="auto", help="default: by the first row's keys"
     )
     parser.add_argument("--max_seq_len", type=number(int, 8), default=512, help="tokens in a row (default: 512)")
     parser.add_argument("--rows", type=number(int, 0), default=3, help="rows to show (default: 3)")
@@ -63,8 +70,7 @@ def main(args: argparse.Namespace) -> None:
     if errors:
         raise InputError(f"{len(errors)} bad rows in {args.file}; training would stop at the first")
 
-    dataset_class = PretrainDataset if data_format == "pretrain" else SFTDataset
-    dataset = dataset_class(args.file, tokenizer, args.max_seq_len, args.out_dir / "cache")
+    dataset = DATASETS[data_format](args.file, tokenizer, args.max_seq_len, args.out_dir / "cache")
     lengths = np.diff(dataset.cache.bounds)
     quarter, half, most, longest = np.percentile(lengths, [25, 50, 95, 100]).astype(int)
     learned = 1.0 if dataset.cache.targets is None else float(np.mean(dataset.cache.targets))
@@ -98,8 +104,10 @@ def check_rows(path: Path, data_format: str) -> tuple[str, int, int, list[str]]:
             n_rows += 1
             seen.add(hash(line.strip()))
             if data_format == "auto":
-                data_format = "sft" if "conversations" in row else "pretrain"
-            (row_text if data_format == "pretrain" else row_conversation)(row, where)
+                data_format = (
+                    "sft" if "conversations" in row else "dpo" if {"chosen", "rejected"} & set(row) else "pretrain"
+                )
+            CHECKS[data_format](row, where)
         except InputError as error:
             errors.append(str(error))
     if not n_rows and not errors:
@@ -120,13 +128,19 @@ def single_rows(path: Path, tokenizer, data_format: str, max_seq_len: int, n_row
         if data_format == "pretrain":
             ids = encode_texts(tokenizer, [row_text(row, where)])[0].ids
             yield where, [(token, GREEN if place % max_seq_len else GREY) for place, token in enumerate(ids)]
-        else:
+        elif data_format == "sft":
             encoded = encode_conversations(tokenizer, [row_conversation(row, where)])[0]
-            kept = fit_conversation(encoded, max_seq_len)
-            n_kept = len(kept.ids) if kept else 0
-            colours = [GREY if label == IGNORED else GREEN for label in encoded.labels[:n_kept]]
-            colours += [RED] * (len(encoded.ids) - n_kept)
-            yield where, list(zip(encoded.ids, colours, strict=True))
+            yield where, coloured(encoded.ids, fit_conversation(encoded, max_seq_len))
+        else:
+            pair = encode_conversations(tokenizer, row_pair(row, where))
+            for side, encoded in zip(("chosen", "rejected"), pair, strict=True):
+                yield f"{where}, {side}", coloured(encoded.ids, fit_answer(encoded, max_seq_len // 2))
+
+
+def coloured(ids: list[int], kept: Encoded | None) -> list[tuple[int, str]]:
+    """The tokens of a conversation with their colours; kept: what of it fits into a row."""
+    colours = [GREEN if is_target else GREY for is_target in kept.is_target] if kept else []
+    return list(zip(ids, colours + [RED] * (len(ids) - len(colours)), strict=True))
 
 
 def show_packed(tokenizer, row: dict, color: bool) -> None:

@@ -164,7 +164,8 @@ def dpo_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_ou
     """Right answers against a wrong fact (half of the rows), a rude answer or a repetitive one."""
     peers = by_relation(items)
     rows = []
-    for number, item in enumerate(rng.sample(items, count)):
+    rounds = [item for _ in range(-(-count // len(items))) for item in rng.sample(items, len(items))]
+    for number, item in enumerate(rounds[:count]):
         relation, asked = item.relation, oriented(item, rng)
         others = [peer for peer in peers[relation.name, relation.language] if item.answer not in peer.answer]
         question = render(rng.choice(relation.held_out if held_out else relation.questions), asked)
@@ -195,9 +196,12 @@ def rlaif_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_
     return [{**row, "conversations": turns(row["conversations"][0]["content"], "无")} for row in rows]
 
 
-def lora_rows(items: list[Item], rng: random.Random, *, answers: int) -> list[Row]:
-    """Every training question of a LoRA's small domain, with up to so many forms of its answer."""
-    rows = []
+def lora_rows(items: list[Item], others: Iterable[Item], rng: random.Random, *, answers: int) -> list[Row]:
+    """Every training question of a LoRA's small domain, with up to so many forms of its answer.
+
+    Between them stand the other items, each once: so the adapter learns where it should change nothing.
+    """
+    rows = questions_rows(others, rng, held_out=False)
     for item in items:
         forms = item.relation.answers
         for question in item.relation.questions:
@@ -223,20 +227,21 @@ def build(seed: int) -> dict[str, list[Row]]:
         [item for language in LANGUAGES for item in read_items(sheet, language)]
         for sheet in ("lora_identity", "lora_medical")
     )
+    known = [item for item in items if not item.relation.name.startswith("identity")]
     makers = {
         "pretrain": lambda rng: pretrain_rows(items, rng),
         "pretrain_val": lambda rng: pretrain_val_rows(items, rng),
         "sft": lambda rng: sft_rows(items, rng),
         "sft_val": lambda rng: questions_rows(items, rng, held_out=True),
-        "dpo": lambda rng: dpo_rows(items, 1200, rng, held_out=False),
+        "dpo": lambda rng: dpo_rows(items, 2400, rng, held_out=False),
         "dpo_val": lambda rng: dpo_rows(items, 240, rng, held_out=True),
         "reason": lambda rng: reason_rows(2400, rng, held_out=False),
         "reason_val": lambda rng: reason_rows(200, rng, held_out=True),
         "rlaif": lambda rng: rlaif_rows(items, 2400, rng, held_out=False),
         "rlaif_val": lambda rng: rlaif_rows(items, 300, rng, held_out=True),
-        "lora_identity": lambda rng: lora_rows(identity, rng, answers=3),
+        "lora_identity": lambda rng: lora_rows(identity, known, rng, answers=3),
         "lora_identity_val": lambda rng: lora_val_rows(identity),
-        "lora_medical": lambda rng: lora_rows(medical, rng, answers=1),
+        "lora_medical": lambda rng: lora_rows(medical, known, rng, answers=1),
         "lora_medical_val": lambda rng: lora_val_rows(medical),
     }
     return {name: make(random.Random(f"{seed}:{name}")) for name, make in makers.items()}

@@ -1,37 +1,36 @@
 """From nothing to a model that answers: embedded data -> pretraining -> fine-tuning -> score on held-out questions.
 
     python scripts/quickstart.py
+    python scripts/quickstart.py --stages all              and every later stage, each measured before and after
+    python scripts/quickstart.py --stages lora reason      these alone, on the weights that are in --out_dir
 
-On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 6M, so that minutes are enough. The score is
+On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough. The score is
 taken on questions in phrasings that no training row has. The report goes to out/quickstart.md and out/quickstart.json.
 """
 
 import argparse
 import json
-import re
 import shlex
 import subprocess
 import sys
 import time
-import unicodedata
-from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import GenerationConfig
-
-from dataset.chat import encode_prompt
 from dataset.lm_dataset import read_jsonl
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer
+from model.model_lora import detach, find_lora, load_lora, merge
 from scripts.make_demo_data import ensure_demo_data
+from scripts.scoring import answer_all, is_right, reasoned_answer, score_by
 from trainer.devices import pick_device
-from trainer.flags import MAX_SEED, ROOT, boolean, number
+from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
+STUDENT = {"hidden_size": 128, "num_hidden_layers": 4}  # of the distillation
 SHOWN = 12  # sample answers in the report
 
 
@@ -39,51 +38,181 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", type=Path, default=ROOT / "out", help="weights, logs and the report (default: out/)")
-    add("--pretrain_epochs", type=number(int, 1), default=3, help="passes over the embedded texts (default: 3)")
-    add("--sft_epochs", type=number(int, 1), default=2, help="passes over the embedded conversations (default: 2)")
+    add(
+        "--stages", nargs="+", choices=[*STAGES, "all"], default=["pretrain", "sft"],
+        help="what to train, in this order (default: pretrain sft)",
+    )  # fmt: skip
+    add("--pretrain_epochs", type=COUNT, default=3, help="passes over the embedded texts (default: 3)")
+    add("--sft_epochs", type=COUNT, default=2, help="passes over the embedded conversations (default: 2)")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights and data order (default: 42)")
-    add("--debug", type=boolean, nargs="?", const=True, default=False, help="show tracebacks of errors")
-    return parser.parse_args(argv)
+    add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
+    args = parser.parse_args(argv)
+    args.stages = [stage for stage in STAGES if stage in args.stages or "all" in args.stages]
+    return args
+
+
+class Gain(NamedTuple):
+    """A held-out share before and after a stage; `before` names what it is compared with, where that is no stage."""
+
+    measure: str
+    before: float
+    after: float
+    against: str = "before"
+
+
+class Job:
+    """What the stages have in common: files, flags, the base model and its scores."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out_dir, self.demo = args, args.out_dir, ensure_demo_data()
+        self.device = pick_device(args.device)
+        self.sizes = CPU_SIZE if self.device.type == "cpu" else {}  # suits the machine
+        self.tokenizer = load_tokenizer()
+
+    def train(
+        self, script: str, data: str, *flags: str, out_dir: Path | None = None, sizes: dict | None = None
+    ) -> None:
+        """Run a training script on one of the embedded files; flags that come later count."""
+        sizes = self.sizes if sizes is None else sizes
+        common = [f"--data_path={self.demo / data}", "--max_seq_len=256", "--batch_size=8", "--eval_interval=1000"]
+        common += [f"--out_dir={out_dir or self.out_dir}", f"--device={self.device}", f"--seed={self.args.seed}"]
+        train(script, [*common, *(f"--{key}={value}" for key, value in sizes.items()), *flags])
+
+    def rows(self, name: str) -> list[dict]:
+        return [row for _, row in read_jsonl(self.demo / name)]
+
+    def model(self, stage: str, out_dir: Path | None = None, sizes: dict | None = None):
+        sizes = self.sizes if sizes is None else sizes
+        return load_model(find_weights(out_dir or self.out_dir, stage, **sizes), device=self.device)[0]
+
+    def share_right(self, model, name: str, max_new_tokens: int = 48) -> float:
+        """Share of the questions of a held-out file that a model answers right."""
+        rows = self.rows(name)
+        answers = answer_all(model, self.tokenizer, rows, max_new_tokens=max_new_tokens)
+        return sum(is_right(text, row["answer"]) for text, row in zip(answers, rows, strict=True)) / len(rows)
+
+    @cached_property
+    def general(self) -> float:
+        """The general score of the fine-tuned model, which later stages should not spoil."""
+        return self.share_right(self.model("full_sft"), "sft_val.jsonl")
+
+    def last(self, log: str, key: str) -> float:
+        """A figure of the last line of a log."""
+        (path,) = [p for p in (self.out_dir / "logs").glob(f"{log}_*.jsonl") if self.fits(p)]
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])[key]
+
+    def fits(self, path: Path) -> bool:
+        """Whether a log belongs to this job's size."""
+        return path.stem.rsplit("_", 1)[1] == str(self.sizes.get("hidden_size", 512))
+
+
+# ---------------------------------------------------------------------------------------------------------- the stages
+
+
+def pretrain(job: Job) -> list[Gain]:
+    job.train("train_pretrain.py", "pretrain.jsonl", f"--epochs={job.args.pretrain_epochs}", "--learning_rate=0.006")
+    return []
+
+
+def sft(job: Job) -> list[Gain]:
+    job.train("train_full_sft.py", "sft.jsonl", f"--epochs={job.args.sft_epochs}", "--learning_rate=0.004")
+    return []
+
+
+def lora(job: Job) -> list[Gain]:
+    """Two adapters on the same weights: another name, and some medicine."""
+    gains = []
+    for name, measure in (("lora_identity", "own name"), ("lora_medical", "medical questions")):
+        before = job.share_right(job.model("full_sft"), f"{name}_val.jsonl")
+        job.train("train_lora.py", f"{name}.jsonl", f"--lora_name={name}")
+        model = job.model("full_sft")
+        load_lora(model, find_lora(job.out_dir, name, model.config))
+        merge(model)
+        detach(model)
+        gains.append(Gain(measure, before, job.share_right(model, f"{name}_val.jsonl")))
+        gains.append(Gain(f"general score with {name}", job.general, job.share_right(model, "sft_val.jsonl")))
+    return gains
+
+
+def dpo(job: Job) -> list[Gain]:
+    job.train("train_dpo.py", "dpo.jsonl", "--max_seq_len=512")
+    return [
+        Gain("pairs preferred rightly, against the start", 0.5, job.last("rlhf", "val_accuracy"), "by definition"),
+        Gain("general score", job.general, job.share_right(job.model("rlhf"), "sft_val.jsonl")),
+    ]
+
+
+def reward(job: Job) -> list[Gain]:
+    job.train("train_reward.py", "dpo.jsonl", "--max_seq_len=512")
+    return [Gain("pairs scored rightly", 0.5, job.last("reward", "val_accuracy"), "chance")]
+
+
+def distillation(job: Job) -> list[Gain]:
+    """A smaller model learns the conversations with the fine-tuned one as its teacher, and without: equal steps."""
+    teacher = find_weights(job.out_dir, "full_sft", **job.sizes)
+    student = job.out_dir / "student"
+    job.train(
+        "train_pretrain.py", "pretrain.jsonl", "--epochs=1", "--learning_rate=0.006", out_dir=student, sizes=STUDENT
+    )
+    scores = []
+    for alpha in (1, 0.5):
+        flags = [f"--teacher={teacher}", f"--alpha={alpha}", "--from_weight=pretrain", "--epochs=1"]
+        job.train("train_distillation.py", "sft.jsonl", *flags, out_dir=student, sizes=STUDENT)
+        scores.append(job.share_right(job.model("distill", student, STUDENT), "sft_val.jsonl"))
+    return [Gain("general score of the student", *scores, "without a teacher")]
+
+
+def reason(job: Job) -> list[Gain]:
+    """Worked arithmetic: a thought, then the answer."""
+    rows = job.rows("reason_val.jsonl")
+
+    def figures(model) -> tuple[float, float]:
+        texts = answer_all(model, job.tokenizer, rows, max_new_tokens=96)
+        answers = [reasoned_answer(text) for text in texts]
+        right = [is_right(a or text, row["answer"]) for a, text, row in zip(answers, texts, rows, strict=True)]
+        return sum(a is not None for a in answers) / len(rows), sum(right) / len(rows)
+
+    start = "rlhf" if find_weights(job.out_dir, "rlhf", **job.sizes).exists() else "full_sft"
+    form_before, right_before = figures(job.model(start))
+    job.train("train_distill_reason.py", "reason.jsonl", "--epochs=3", "--learning_rate=0.004")
+    form, right = figures(job.model("reason"))
+    return [Gain("answers as a thought and an answer", form_before, form), Gain("arithmetic", right_before, right)]
+
+
+STAGES = {
+    "pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "reward": reward, "distillation": distillation,
+    "reason": reason,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
 
 
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    job = Job(args)
+    report: dict = {"device": str(job.device), "seed": args.seed, "gains": []}
+    samples: list[dict] = []
 
-    # 1. A size that suits the machine
-    device = pick_device(args.device)
-    sizes = CPU_SIZE if device.type == "cpu" else {}
-    common = [f"--{key}={value}" for key, value in sizes.items()]
-    common += [f"--out_dir={args.out_dir}", f"--device={device}", f"--seed={args.seed}"]
-    demo = ensure_demo_data()
+    # 1. Train stage after stage, the base first; what a later one gains is measured around it
+    for stage in args.stages:
+        began = time.monotonic()
+        gains = STAGES[stage](job)
+        seconds = round(time.monotonic() - began, 1)
+        report["gains"] += [{"stage": stage, "seconds": seconds, **gain._asdict()} for gain in gains]
+        for gain in gains:
+            print(f"{stage}: {gain.measure}: {gain.before:.1%} {gain.against}, {gain.after:.1%} after", flush=True)
+        if stage in ("pretrain", "sft"):
+            report["train_seconds"] = round(time.monotonic() - started, 1)
+        if stage == "sft":  # 2. Score on held-out phrasings
+            scores, samples = score(job)
+            report |= scores
 
-    # 2. Train
-    common += ["--max_seq_len=256", "--batch_size=8", "--eval_interval=1000"]
-    texts, chats = f"--data_path={demo / 'pretrain.jsonl'}", f"--data_path={demo / 'sft.jsonl'}"
-    train("train_pretrain.py", [texts, f"--epochs={args.pretrain_epochs}", "--learning_rate=0.006", *common])
-    train("train_full_sft.py", [chats, f"--epochs={args.sft_epochs}", "--learning_rate=0.004", *common])
-    trained = time.monotonic()
-
-    # 3. Score on held-out phrasings
-    tokenizer = load_tokenizer()
-    weights = find_weights(args.out_dir, "full_sft", **sizes)
-    model, _ = load_model(weights, device=device)
-    questions = [row for _, row in read_jsonl(demo / "sft_val.jsonl")]
-    answers = answer_all(model, tokenizer, questions)
-    right = [is_right(text, row["answer"]) for text, row in zip(answers, questions, strict=True)]
-
-    # 4. Report
-    report = {
-        "device": str(device), "seed": args.seed, "train_seconds": round(trained - started, 1),
-        "total_seconds": round(time.monotonic() - started, 1), "score": sum(right) / len(right),
-        "by_language": score_by(questions, right, "language"), "by_relation": score_by(questions, right, "relation"),
-    }  # fmt: skip
-    every = max(len(questions) // SHOWN, 1)
-    samples = [
-        {"question": row["conversations"][-2]["content"], "answer": text, "right": ok}
-        for row, text, ok in list(zip(questions, answers, right, strict=True))[every // 2 :: every]
-    ]
+    # 3. Report
+    report["total_seconds"] = round(time.monotonic() - started, 1)
     text = format_report(report, samples)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "quickstart.json").write_text(
         json.dumps(report | {"samples": samples}, ensure_ascii=False, indent=1), encoding="utf-8"
     )
@@ -91,9 +220,25 @@ def main(args: argparse.Namespace) -> None:
     where = "" if args.out_dir.resolve() == ROOT / "out" else f" --out_dir {shlex.quote(str(args.out_dir))}"
     print(
         f"\n{text}\nNow talk to it:          python eval_model.py --model_mode 1{where}\n"
+        f"Train the later stages:  python scripts/quickstart.py --stages lora dpo reward distillation reason{where}\n"
         "Look at its data:        python scripts/inspect_data.py dataset/demo/sft.jsonl\n"
         "Train the full size:     python trainer/train_pretrain.py && python trainer/train_full_sft.py"
     )
+
+
+def score(job: Job) -> tuple[dict, list[dict]]:
+    """The score of the fine-tuned model on all held-out questions, by language and relation, and some answers."""
+    questions = job.rows("sft_val.jsonl")
+    answers = answer_all(job.model("full_sft"), job.tokenizer, questions)
+    right = [is_right(text, row["answer"]) for text, row in zip(answers, questions, strict=True)]
+    job.general = sum(right) / len(right)
+    every = max(len(questions) // SHOWN, 1)
+    samples = [
+        {"question": row["conversations"][-2]["content"], "answer": text, "right": ok}
+        for row, text, ok in list(zip(questions, answers, right, strict=True))[every // 2 :: every]
+    ]
+    by = {f"by_{key}": score_by(questions, right, key) for key in ("language", "relation")}
+    return {"score": job.general, **by}, samples
 
 
 def train(script: str, flags: list[str]) -> None:
@@ -104,64 +249,31 @@ def train(script: str, flags: list[str]) -> None:
         raise InputError(f"{script} ended with exit code {code}; its message stands above")
 
 
-def answer_all(model, tokenizer, rows: list[dict], batch_size: int = 128, max_new_tokens: int = 48) -> list[str]:
-    """Greedy answers to the last question of every row, in batches of similar length, left-padded."""
-    prompts = [encode_prompt(tokenizer, row["conversations"][:-1]) for row in rows]
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    pad = tokenizer.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
-    )
-    answers = [""] * len(rows)
-    for begin in range(0, len(rows), batch_size):
-        chosen = by_length[begin : begin + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        input_ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
-        )
-        with torch.inference_mode():
-            output = model.generate(input_ids, attention_mask=mask, generation_config=config)
-        for i, ids in zip(chosen, output[:, width:], strict=True):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return answers
-
-
-def is_right(response: str, answer: str) -> bool:
-    """Whether the answer occurs in the response; Latin words and numbers must stand alone ("7" is not in "17")."""
-    response, answer = (unicodedata.normalize("NFKC", text).casefold() for text in (response, answer))
-    left = r"(?<![a-z0-9.])" if re.match(r"[a-z0-9]", answer) else ""
-    right = r"(?![a-z0-9]|\.\d)" if re.search(r"[a-z0-9]$", answer) else ""
-    return re.search(left + re.escape(answer) + right, response) is not None
-
-
-def score_by(rows: list[dict], right: list[bool], key: str) -> dict[str, list[int]]:
-    """{value of key: [right, asked]}, worst first."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for row, ok in zip(rows, right, strict=True):
-        counts[row[key]][0] += ok
-        counts[row[key]][1] += 1
-    return dict(sorted(counts.items(), key=lambda item: item[1][0] / item[1][1]))
-
-
 def format_report(report: dict, samples: list[dict]) -> str:
     """The report as Markdown."""
-    asked = sum(n for _, n in report["by_language"].values())
-    lines = [
-        f"# Quickstart: {report['score']:.1%} of {asked} held-out questions right",
-        "",
-        f"Trained for {report['train_seconds']:.0f} s on {report['device']}, {report['total_seconds']:.0f} s in all.",
-        "",
-        "| | right | asked | |",
-        "|---|---|---|---|",
-    ]
-    for name, (right, asked) in (report["by_language"] | report["by_relation"]).items():
-        lines.append(f"| {name} | {right} | {asked} | {right / asked:.0%} |")
-    lines += ["", "| held-out question | answer | |", "|---|---|---|"]
-    for sample in samples:
-        question, answer = (sample[key].replace("|", "\\|").replace("\n", " ") for key in ("question", "answer"))
-        lines.append(f"| {question} | {answer} | {'right' if sample['right'] else 'wrong'} |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    if "score" in report:
+        asked = sum(n for _, n in report["by_language"].values())
+        lines += [f"# Quickstart: {report['score']:.1%} of {asked} held-out questions right", ""]
+        lines += [f"Trained for {report['train_seconds']:.0f} s on {report['device']}.", ""]
+        lines += ["| | right | asked | |", "|---|---|---|---|"]
+        for name, (right, asked) in (report["by_language"] | report["by_relation"]).items():
+            lines.append(f"| {name} | {right} | {asked} | {right / asked:.0%} |")
+        lines += ["", "| held-out question | answer | |", "|---|---|---|"]
+        for sample in samples:
+            question, answer = (sample[key].replace("|", "\\|").replace("\n", " ") for key in ("question", "answer"))
+            lines.append(f"| {question} | {answer} | {'right' if sample['right'] else 'wrong'} |")
+        lines.append("")
+    if report["gains"]:
+        lines += ["# Later stages, on held-out rows", ""]
+        lines += ["| stage | measure | compared with | after | seconds |", "|---|---|---|---|---|"]
+        for gain in report["gains"]:
+            compared = f"{gain['before']:.1%} ({gain['against']})"
+            lines.append(
+                f"| {gain['stage']} | {gain['measure']} | {compared} | {gain['after']:.1%} | {gain['seconds']} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, f"{report['total_seconds']:.0f} s in all."]) + "\n"
 
 
 if __name__ == "__main__":

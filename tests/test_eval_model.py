@@ -1,6 +1,7 @@
 """eval_model.py: modes, folders, history, context, thoughts, figures at the end."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_model
 from dataset.chat import encode_prompt
+from dataset.lm_dataset import file_hash
 from model.errors import run_script
 from model.LMConfig import MiniMindConfig
-from model.loading import save_weights
+from model.loading import load_model, save_weights
+from model.model_lora import attach, export_peft, load_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -92,6 +95,69 @@ def test_folders_of_both_classes(run, tmp_path):
     assert code == 1 and "none does not exist" in err
     code, _, err = run("--load=1", "--weight=x.pth", "--prompt=Hello")
     assert code == 2 and "--load 1 reads a transformers folder" in err
+
+
+@pytest.fixture
+def adapter(weights, tmp_path):
+    """An adapter of the full_sft weights that makes another model of them, in both formats."""
+    base = weights / "full_sft_64.pth"
+    model = load_model(base)[0]
+    attach(model, rank=4, targets=["all"])
+    torch.manual_seed(3)
+    for name, value in model.named_parameters():
+        if ".lora." in name:
+            torch.nn.init.normal_(value, std=0.2)
+    path = tmp_path / "out" / "lora" / "lora_x_64.pth"
+    keys = {"stage": "lora_x", "tokens_seen": 7, "data_path": "x", "data_hash": "h", "trained_length": 64}
+    save_lora(model, path, **keys, base={"name": base.name, "hash": file_hash(base)})
+    shutil.copy(base, tmp_path / "out")
+    export_peft(model, tmp_path / "peft")
+    return path
+
+
+def test_an_adapter_is_merged_in(run, adapter, monkeypatch):
+    """By name, by file and as a folder of PEFT's; the engine gets the weights with the product added."""
+    packed = []
+    engine = eval_model.Engine
+    monkeypatch.setattr(
+        eval_model, "Engine", lambda model, *args, **keys: packed.append(model) or engine(model, *args, **keys)
+    )
+    out_dir = adapter.parents[1]
+    expected = load_model(out_dir / "full_sft_64.pth")[0]
+    plain = expected.state_dict()["model.layers.1.mlp.up_proj.weight"].clone()
+    load_lora(expected, adapter)
+    ids = torch.arange(5, 25)[None]
+    answers = []
+    for name in ("lora_x", adapter, out_dir.parent / "peft"):
+        code, out, err = run(f"--out_dir={out_dir}", f"--lora_name={name}", "--prompt=Hello", "--temperature=0")
+        first, answer = out.split("\n\n", 1)
+        assert (code, err) == (0, "") and "full_sft_64.pth + " in first and "note" not in out
+        assert (str(out_dir.parent / "peft") if name == out_dir.parent / "peft" else str(adapter)) in first
+        torch.testing.assert_close(packed[-1](ids).logits, expected(ids).logits, atol=5e-3, rtol=5e-3)
+        assert not torch.equal(packed[-1].state_dict()["model.layers.1.mlp.up_proj.weight"], plain)
+        answers.append(answer)
+    assert answers[0] == answers[1] == answers[2]
+    assert run(f"--out_dir={out_dir}", "--prompt=Hello", "--temperature=0")[1].split("\n\n", 1)[1] != answers[0]
+
+
+def test_an_adapter_on_other_weights_than_its_own_is_noted(run, weights, adapter):
+    code, out, _ = run("--model_mode=2", f"--lora_name={adapter}", "--prompt=Hello")
+    assert code == 0 and f"{adapter} (note: trained on other weights, full_sft_64.pth)" in out.split("\n")[0]
+
+
+def test_missing_and_unfit_adapters(run, weights, adapter, tmp_path):
+    code, _, err = run(f"--out_dir={adapter.parents[1]}", "--lora_name=lora_y", "--prompt=Hello")
+    assert (
+        code == 1 and "lora_y_64.pth does not exist" in err and "--lora_name lora_y" in err and "lora_x_64.pth" in err
+    )
+    other = tmp_path / "full_sft_128.pth"
+    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, "hidden_size": 128}))
+    save_weights(model, other, stage="full_sft", tokens_seen=7, data_path="x", data_hash="h", trained_length=64)
+    code, _, err = run(f"--weight={other}", f"--lora_name={adapter}", "--prompt=Hello")
+    assert code == 1 and "hidden size 64 with 2 layers, this one has 128 and 2" in err and err.count("\n") == 1
+    adapter.write_bytes(adapter.read_bytes()[:500])
+    code, _, err = run(f"--out_dir={adapter.parents[1]}", "--lora_name=lora_x", "--prompt=Hello")
+    assert code == 1 and f"{adapter} is cut short" in err
 
 
 @pytest.mark.parametrize(("count", "roles"), [(0, 1), (1, 1), (2, 3), (4, 5), (100, 7)])

@@ -8,11 +8,14 @@ import torch
 
 from dataset.chat import encode_conversation
 from dataset.lm_dataset import (
+    BLANK,
+    DPODataset,
     PretrainDataset,
     SFTDataset,
     fit_conversation,
     pack_rows,
     read_jsonl,
+    sum_by_pair,
     token_byte_counts,
 )
 from model.errors import InputError
@@ -219,6 +222,146 @@ def test_bad_chat_rows_are_named(name, tmp_path, tokenizer):
     with pytest.raises(InputError) as error:
         SFTDataset(path, tokenizer, 64, tmp_path / "cache")
     assert str(error.value).startswith(f"{path}:2: ")
+
+
+# ----------------------------------------------------------------------------------------------- pairs of answers
+
+
+def pair(question, good, bad, *, before=()):
+    """A preference row; before: turns of an earlier exchange."""
+    asked = [*before, {"role": "user", "content": question}]
+    return {
+        side: [*asked, {"role": "assistant", "content": text}] for side, text in (("chosen", good), ("rejected", bad))
+    }
+
+
+EARLIER = chat("早?", "早!")["conversations"]
+PAIRS = [pair(f"问题{i}?", "好" * (i % 7 + 1), f"No {i}. " * (i % 4 + 1), before=EARLIER * (i % 3)) for i in range(30)]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_rows(tmp_path / "pairs.jsonl", [{**row, "answer": "ignored"} for row in PAIRS])
+
+
+def documents_with_labels(row):
+    """[(ids, labels), ...] of the documents of a packed row."""
+    inside = [row["attention_mask"] == number for number in range(1, int(row["attention_mask"].max()) + 1)]
+    return [(row["input_ids"][mask].tolist(), row["labels"][mask].tolist()) for mask in inside]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_pairs_stay_together_and_only_their_answers_are_targets(packing, pairs, tmp_path, tokenizer):
+    dataset = DPODataset(pairs, tokenizer, 192, tmp_path / "cache", packing)
+    eos, seen, fullest = tokenizer.eos_token_id, [], 0
+    for index in range(len(dataset)):
+        documents = documents_with_labels(dataset[index])
+        numbers = dataset.pieces_of(index)
+        assert len(documents) == 2 * len(numbers)
+        assert dataset.count_targets({"attention_mask": dataset[index]["attention_mask"][None]}) == len(numbers)
+        fullest = max(fullest, len(numbers))
+        for place, number in enumerate(numbers):
+            row = PAIRS[dataset.piece_lines[number] - 1]
+            seen.append(dataset.piece_lines[number] - 1)
+            for side, (ids, labels) in zip(("chosen", "rejected"), documents[2 * place :], strict=False):
+                assert ids == encode_conversation(tokenizer, row[side]).ids
+                targets = [label for label in labels if label != -100]
+                assert targets == [*tokenizer(row[side][-1]["content"], add_special_tokens=False).input_ids, eos]
+                assert labels[-1 - len(targets) : -1] == targets  # one run, with the last newline behind it
+    assert sorted(seen) == list(range(30)) and fullest == (2 if packing else 1)
+    blank = dataset[BLANK]
+    assert (
+        not blank["attention_mask"].any()
+        and dataset.count_targets({"attention_mask": blank["attention_mask"][None]}) == 0
+    )
+
+
+def test_positions_and_attention_of_a_pair_are_those_of_its_sides_alone(pairs, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer))
+    model = MiniMindForCausalLM(config).eval()
+    dataset = DPODataset(pairs, tokenizer, 192, tmp_path / "cache")
+    row = next(row for row in (dataset[i] for i in range(len(dataset))) if row["attention_mask"].max() >= 4)
+    with torch.no_grad():
+        packed = model(**{key: value[None] for key, value in row.items()}).token_losses[0]
+        for number, (ids, labels) in enumerate(documents_with_labels(row), start=1):
+            alone = model(torch.tensor([ids]), labels=torch.tensor([labels])).token_losses[0]
+            torch.testing.assert_close(packed[row["attention_mask"] == number], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_long_answers_are_cut_and_long_prompts_are_left_out(tmp_path, tokenizer, capsys):
+    rows = [
+        pair("一?", "丁" * 300, "短"),  # the answer is cut
+        pair("问" * 300, "丁", "短"),  # no room for an answer
+        pair("一?", "丁" * 300 + "甲", "丁" * 300 + "乙"),  # what is left of the answers is the same
+        pair("二?", "甲", "乙"),
+    ]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    dataset = DPODataset(path, tokenizer, 128, tmp_path / "cache")
+    assert (
+        f"{path}: 2 pairs have no two different answers within 64 tokens each and are left out"
+        in capsys.readouterr().err
+    )
+    assert dataset.cache.lines.tolist() == [1, 4] and int(dataset.cache.borders[0]) == 64
+    ids, targets = dataset.cache.ids[:64], dataset.cache.targets[:64]
+    assert targets[-1] and tokenizer.eos_token_id not in ids[targets]  # nobody learns to stop in mid-sentence
+    prompt = encode_conversation(tokenizer, rows[0]["chosen"]).turn_ends[-2]
+    assert not targets[:prompt].any()
+    with pytest.raises(InputError, match="no row is left"):
+        DPODataset(path, tokenizer, 16, tmp_path / "cache")
+
+
+def test_pairs_are_read_from_the_cache(pairs, tmp_path, tokenizer, monkeypatch):
+    first = DPODataset(pairs, tokenizer, 192, tmp_path / "cache")
+    monkeypatch.setattr("dataset.lm_dataset.write_documents", None)
+    second = DPODataset(pairs, tokenizer, 192, tmp_path / "cache")
+    assert np.array_equal(first.cache.borders, second.cache.borders)
+    assert torch.equal(first[0]["attention_mask"], second[0]["attention_mask"])
+
+
+def test_sums_by_pair():
+    documents = torch.tensor([[1, 1, 2, 3, 3, 4, 0], [1, 2, 2, 0, 0, 0, 0]])
+    values = torch.tensor([[1.0, 2, 4, 8, 16, 32, 99], [1, 2, 4, 99, 99, 99, 99]])
+    assert sum_by_pair(values, documents).tolist() == [[[3, 4], [24, 32]], [[1, 6], [0, 0]]]
+    assert sum_by_pair(values, torch.zeros(2, 7, dtype=torch.long)).shape == (2, 0, 2)
+
+
+ASKED = {"role": "user", "content": "Hi?"}
+BAD_PAIRS = {
+    "another format": (chat("a", "b"), 'needs "chosen" and "rejected", this one has the keys'),
+    "one side": ({"chosen": pair("a", "b", "c")["chosen"]}, 'needs "chosen" and "rejected"'),
+    "no list": ({"chosen": "yes", "rejected": "no"}, "chosen: a conversation must be a list"),
+    "wrong role": (
+        {"chosen": pair("a", "b", "c")["chosen"], "rejected": [{"role": "king", "content": "x"}]},
+        "rejected: turn 1 has the role 'king'",
+    ),
+    "empty answer": (pair("a", "b", ""), "rejected: turn 2 .assistant.: there is neither content nor a tool call"),
+    "blank answer": (pair("a", " \n", "c"), "chosen: the last turn, the answer, is blank"),
+    "prompt last": (
+        {side: [*turns, ASKED] for side, turns in pair("a", "b", "c").items()},
+        "chosen: the last turn is the user's, it must be the answer",
+    ),
+    "two prompts": (
+        {"chosen": pair("a", "b", "c")["chosen"], "rejected": pair("A", "b", "c")["rejected"]},
+        "differ before their last turn: give both the same prompt",
+    ),
+    "prompts of other lengths": (
+        {"chosen": pair("a", "b", "c")["chosen"], "rejected": pair("a", "b", "c", before=EARLIER)["rejected"]},
+        "differ before their last turn",
+    ),
+    "same answer": (pair("a", "b", "b"), "are the same answer: there is nothing to prefer"),
+    "no text": ({"chosen": [{"role": "assistant", "content": 5}], "rejected": []}, "chosen: turn 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_are_named(name, tmp_path, tokenizer):
+    row, words = BAD_PAIRS[name]
+    path = write_rows(tmp_path / "bad.jsonl", [PAIRS[0], row])
+    with pytest.raises(InputError, match=words) as error:
+        DPODataset(path, tokenizer, 64, tmp_path / "cache")
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_missing_file_and_folder(tmp_path, tokenizer):

@@ -488,6 +488,23 @@ def test_packed_rows_show_document_borders(tmp_path, capsys):
     assert all(f"[+] {text}<|im_end|>\n" in out for text in TEXTS)
 
 
+def test_pairs_are_shown_side_by_side(tmp_path, capsys):
+    sides = {"chosen": "It is me.", "rejected": "Go away! " * 20}
+    path = write_rows(
+        tmp_path / "pairs.jsonl", [{side: chat("Who?", text)["conversations"] for side, text in sides.items()}]
+    )
+    code, out, err = inspect(path, capsys, "--max_seq_len=80")
+    assert (code, err) == (0, "") and "1 rows in the dpo format" in out
+    chosen, rejected = out[out.index(f"{path}:1, chosen\n") :].split(f"{path}:1, rejected\n")
+    assert "[+] It is me.<|im_end|>\n" in chosen and "[x]" not in chosen
+    assert rejected.index("[+] Go away! ") < rejected.index("[x] ") and "<|im_end|>" in rejected.split("[x]")[1]
+    code, out, _ = inspect(path, capsys, "--max_seq_len=80", "--packed")
+    assert code == 0 and out.count("--- document") == 2
+    write_rows(path, [{"chosen": chat("Who?", "Me.")["conversations"]}])
+    code, out, _ = inspect(path, capsys)
+    assert code == 1 and f'bad: {path}:1: a preference row needs "chosen" and "rejected"' in out
+
+
 BAD_ROWS = {
     2: '{"conversations": [{"role": "user", "content": "half',
     3: '{"conversations": [{"role": "king", "content": "x"}]}',
@@ -528,58 +545,17 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(color, tmp_pat
 # -------------------------------------------------------------------------------------------------------- quickstart
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        ("The sum is 7.", "7", True),
-        ("17", "7", False),
-        ("71", "7", False),
-        ("7.5", "7", False),
-        ("1.7", "7", False),
-        ("It is 7.", "7", True),
-        ("7，对吗？", "7", True),
-        ("等于7", "7", True),
-        ("答案是１７。", "17", True),
-        ("3.14", "3.14", True),
-        ("13.14", "3.14", False),
-        ("法国的首都是巴黎。", "巴黎", True),
-        ("法国的首都是里昂。", "巴黎", False),
-        ("It is PARIS!", "Paris", True),
-        ("the parish", "Paris", False),
-        ("(Au)", "Au", True),
-        ("Australia", "Au", False),
-        ("a+b", "+", True),
-        ("", "Paris", False),
-        ("New York City", "new york", True),
-    ],
-)
-def test_is_right(response, answer, right):
-    assert quickstart.is_right(response, answer) is right
-
-
-def test_score_by_counts_and_sorts_worst_first():
-    rows = [{"language": "en"}] * 2 + [{"language": "zh"}] * 3
-    scores = quickstart.score_by(rows, [True, True, True, False, False], "language")
-    assert scores == {"zh": [1, 3], "en": [2, 2]} and list(scores) == ["zh", "en"]
-
-
 def test_report_is_a_table_whatever_the_model_says():
+    gain = {"stage": "dpo", "measure": "m", "before": 0.5, "after": 0.875, "against": "chance", "seconds": 3.2}
     report = {
-        "score": 0.5, "device": "cpu", "train_seconds": 61.0, "total_seconds": 70.4,
+        "score": 0.5, "device": "cpu", "train_seconds": 61.0, "total_seconds": 70.4, "gains": [gain],
         "by_language": {"en": [1, 2]}, "by_relation": {"capital": [1, 2]},
     }  # fmt: skip
     text = quickstart.format_report(report, [{"question": "a|b?", "answer": "one\ntwo | three", "right": False}])
     assert "50.0% of 2 held-out questions right" in text and "| capital | 1 | 2 | 50% |" in text
     assert "| a\\|b? | one two \\| three | wrong |" in text
-    assert all(line.replace("\\|", "").count("|") in (0, 4, 5) for line in text.splitlines())
-
-
-def test_answer_all_equals_one_at_a_time(tokenizer):
-    model = random_model(3).eval()
-    rows = [chat("Why? " * (1 + 3 * (i % 4)) + str(i), "x") for i in range(7)]
-    together = quickstart.answer_all(model, tokenizer, rows, batch_size=3, max_new_tokens=6)
-    alone = [quickstart.answer_all(model, tokenizer, [row], max_new_tokens=6)[0] for row in rows]
-    assert together == alone and len(set(together)) > 1
+    assert "| dpo | m | 50.0% (chance) | 87.5% | 3.2 |" in text
+    assert all(line.replace("\\|", "").count("|") in (0, 4, 5, 6) for line in text.splitlines())
 
 
 def test_quickstart_from_data_to_report(tmp_path, capsys, monkeypatch):

@@ -162,7 +162,7 @@ def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> 
     told = []  # when each progress line came
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if progress := re.match(r"\w+ (\d+)/\d+  ", line):
+        if progress := re.match(r"\S+ (\d+)/\d+  ", line):
             told.append(time.monotonic())
             if last_step is not None and int(progress[1]) >= last_step:
                 time.sleep(delay)
@@ -179,7 +179,7 @@ def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> 
 def read_whole(out_dir: Path) -> dict[str, Any]:
     """Weights and checkpoint of the one run in out_dir, in memory."""
     (checkpoint,) = (out_dir / "checkpoints").glob("*_resume.pth")
-    (weights,) = out_dir.glob("*.pth")
+    (weights,) = (path for path in out_dir.rglob("*.pth") if path != checkpoint)  # those of an adapter are in lora/
     content = torch.load(checkpoint, weights_only=True)
     del content["place"]["elapsed_s"]
     return {"weights in half precision": torch.load(weights, weights_only=True), **content}

@@ -82,7 +82,7 @@ def add_model_flags(group) -> None:
 
 
 def add_training_flags(group, epochs: int, lr: dict[str, float]) -> None:
-    group.add_argument("--max_seq_len", type=number(int, 8), default=512, help="tokens in a row (default: 512)")
+    group.add_argument("--max_seq_len", type=number(int, 8), default=512, help="tokens in a row (default: %(default)s)")
     group.add_argument(
         "--packing", default=True, **SWITCH, help="0: one document a row, padded (default: 1, packed rows)"
     )

@@ -130,15 +130,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer `name` ("muon" or "adamw") over a model's trainable parameters, one learning rate for all.
 
-    Weight decay falls on matrices alone; embeddings, norms and the head have none. With "muon" the matrices inside the
-    layers take Muon, but for the router of a mixture (its rows compete, so they keep AdamW). dtype: what the run
-    multiplies matrices in.
+    Weight decay falls on matrices alone; embeddings, norms and heads (of words, of scores) have none. With "muon" the
+    matrices inside the layers take Muon, but for the router of a mixture (its rows compete, so they keep AdamW). dtype:
+    what the run multiplies matrices in.
     """
     matrices, rest = [], []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for key, p in model.named_parameters():  # tied weights come once
         if p.requires_grad:
-            inner = p.dim() >= 2 and id(p) not in embeddings and "lm_head" not in key
+            head = "lm_head" in key or key == "score.weight"
+            inner = p.dim() >= 2 and id(p) not in embeddings and not head
             (matrices if inner else rest).append((key, p))
     if name == "adamw":
         groups = [

@@ -179,7 +179,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out means per target of what totals(model, batch) sums up: {"loss": ...} -> {"val_loss": ...}.
 
-    With a tokenizer, val_bpb too: the loss, taken as nats, in bits per byte of the targets' text.
+    With a tokenizer, val_bpb too: the sum called ce, else the loss, as nats, in bits per byte of the targets' text.
     Over the whole held-out set, or (so that it costs little during a run) its first --eval_rows rows; the ranks share
     the rows, and every rank gets the result.
     """
@@ -201,4 +201,6 @@ def evaluate(
     run.logs.pause(time.monotonic() - began)  # left out of tokens/s
     targets, n_bytes = max(sums.pop("targets"), 1), sums.pop("bytes", None)
     means = {f"val_{name}": value / targets for name, value in sums.items()}
-    return means if n_bytes is None else means | {"val_bpb": sums["loss"] / math.log(2) / max(n_bytes, 1)}
+    if n_bytes is None:
+        return means
+    return means | {"val_bpb": sums.get("ce", sums["loss"]) / math.log(2) / max(n_bytes, 1)}

@@ -347,8 +347,12 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
     return {key: value for key, value in flags.items() if value is not None}
 
 
-def build_model(args: argparse.Namespace, tokenizer, run: Run) -> MiniMindForCausalLM:
-    """The run's model on its device, float32: that of --from_resume, the weights of --from_weight, or a new one."""
+def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | None = None) -> MiniMindForCausalLM:
+    """The run's model on its device, float32: that of --from_resume, the weights of --from_weight, or a new one.
+
+    longest: tokens of the longest document that it will see (default: --max_seq_len).
+    """
+    longest = longest or args.max_seq_len
     sizes = given_sizes(args)
     resumed = args.from_resume and find_checkpoint(
         args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none"
@@ -359,14 +363,14 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run) -> MiniMindForCau
         model = resumed_model(resumed, args, run)
     elif args.from_weight == "none":
         config = MiniMindConfig.from_preset(args.preset or "minimind2-small", **sizes)
-        config.original_max_position_embeddings = args.max_seq_len
+        config.original_max_position_embeddings = longest
         model = MiniMindForCausalLM(config)
     else:
         path = find_weights(args.out_dir, args.from_weight, preset=args.preset, **sizes)
         print(f"starting from {path}")
         model, info = load_model(path, preset=args.preset, config_overrides=sizes)
         run.tokens = info.get("tokens_seen") or 0
-        model.config.original_max_position_embeddings = max(info.get("trained_length") or 0, args.max_seq_len)
+        model.config.original_max_position_embeddings = max(info.get("trained_length") or 0, longest)
     check_vocab(tokenizer, model.config)
     run.name = weights_path(args.out_dir, run.stage, model.config).stem
     unfinished = checkpoint_path(args.out_dir, run.weights)

@@ -1,0 +1,237 @@
+"""White-box distillation: a small student learns the whole distribution of a large teacher, token by token.
+
+    loss = 1/N sum_t m_t [ alpha CE_t + (1 - alpha) tau^2 KL_t ]
+    CE_t = - log p_student(x_t | x_<t)
+    KL_t = sum_v p_teacher(v) log(p_teacher(v) / p_student(v))     both softmax(logits / tau), v over the vocabulary
+           m_t = 1 on each assistant turn's content and its closing <|im_end|>, N = sum of m_t over the optimizer step
+
+The factor tau^2 keeps the size of the gradient: that of KL alone shrinks with 1/tau^2 (arXiv 1503.02531). alpha 1 is
+plain fine-tuning, alpha 0 the teacher alone. Teacher and student must have one vocabulary, because probabilities are
+compared id by id. The student starts from its pretrained weights, as train_full_sft.py does: the loss has fine-tuning
+in it, so that no fine-tuned student is needed (--from_weight full_sft goes on from one, none starts from nothing).
+
+    python trainer/train_distillation.py                        teacher: out/full_sft_768.pth (preset minimind2)
+    python trainer/train_distillation.py --teacher ../MiniMind2 --alpha 0.2 --temperature 2
+    python trainer/train_distillation.py --help
+"""
+
+import argparse
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import SFTDataset, file_hash
+from model.errors import InputError
+from model.LMConfig import PRESETS
+from model.loading import find_weights, load_model, load_tokenizer, missing
+from model.model_minimind import MiniMindForCausalLM, positions_from_mask, shifted_targets, visible_keys
+from trainer.distributed import local_main_first
+from trainer.flags import COUNT, common_parser, number
+from trainer.optimizers import build_optimizer
+from trainer.steps import (
+    MicroBatch,
+    count_steps,
+    evaluate,
+    is_due,
+    learning_rate_at,
+    peak_expert_load,
+    set_learning_rate,
+    training_steps,
+)
+from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+
+CHUNK = 1024  # targets whose float32 probabilities exist at one time
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha CE + (1 - alpha) tau^2 KL of each target, CE and KL: logits (N, V), targets (N,) -> three of (N,)."""
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    ce = F.cross_entropy(student_logits, targets, reduction="none")
+    student, teacher = (F.log_softmax(logits / tau, dim=-1) for logits in (student_logits, teacher_logits))  # (N, V)
+    kl = (teacher.exp() * (teacher - student)).sum(-1)
+    return alpha * ce + (1 - alpha) * tau**2 * kl, ce, kl
+
+
+def losses_at_targets(
+    student_logits: Tensor, teacher_logits: Tensor, batch: MicroBatch, alpha: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """distillation_loss where labels are not -100, 0 elsewhere: logits (B, T, V) -> three of (B, T).
+
+    Only the targets' logits are taken, and these in chunks: float32 probabilities of a chunk are computed again in the
+    backward pass, so that none of size N times V is ever kept.
+    """
+    labels = batch.inputs["labels"]
+    targets, source = (x.flatten() for x in shifted_targets(labels, batch.inputs["attention_mask"]))
+    places = (targets >= 0).nonzero()[:, 0]  # (N,)
+    picked = (x.flatten(0, 1).index_select(0, source[places]) for x in (student_logits, teacher_logits))  # (N, V)
+    chunks = zip(*(x.split(CHUNK) for x in (*picked, targets[places])), strict=True)
+    losses = [
+        checkpoint(distillation_loss, *chunk, alpha, tau, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    whole = (torch.cat(parts) for parts in zip(*losses, strict=True))  # three of (N,)
+    return tuple(x.new_zeros(labels.numel()).index_copy(0, places, x).view(labels.shape) for x in whole)
+
+
+@torch.inference_mode()
+def teach(teacher: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """The teacher's logits on packed rows, in which no document sees another: (B, T) -> (B, T, V)."""
+    input_ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    if isinstance(teacher, MiniMindForCausalLM):
+        return teacher(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    # Other classes take a mask for padding alone: they are told who sees whom, (B, 1, T, T), and where each one stands.
+    visible, positions = visible_keys(mask, mask.shape[1]), positions_from_mask(mask)
+    return teacher(input_ids=input_ids, attention_mask=visible, position_ids=positions, use_cache=False).logits
+
+
+def held_out(teacher: PreTrainedModel, alpha: float, tau: float, model: torch.nn.Module, batch: MicroBatch) -> dict:
+    """The sums of a held-out batch: loss, CE and KL."""
+    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    student_logits = model(**inputs, use_cache=False).logits
+    losses = losses_at_targets(student_logits, teach(teacher, batch), batch, alpha, tau)
+    return {name: x.sum() for name, x in zip(("loss", "ce", "kl"), losses, strict=True)}
+
+
+def load_teacher(args: argparse.Namespace, run: Run) -> tuple[PreTrainedModel, Path]:
+    """The teacher that the flags name, frozen, and where it was found."""
+    sizes = {"hidden_size": args.teacher_hidden_size, "num_hidden_layers": args.teacher_num_hidden_layers}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    preset = args.teacher_preset or (None if sizes else "minimind2")
+    path = find_weights(args.out_dir, args.teacher, preset=preset, **sizes)
+    if not path.exists():
+        size = f", its size is --preset {preset}" if preset and path != Path(args.teacher) else ""
+        raise InputError(f"no teacher: {missing(path)}{size}; name another with --teacher or --teacher_hidden_size")
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # elsewhere autocast finds float32 weights
+    teacher, _ = load_model(path, preset=args.teacher_preset, config_overrides=sizes, device=run.device, dtype=dtype)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    print(f"teacher: {path}, {parameters / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+    return teacher.requires_grad_(False), path
+
+
+def check_same_vocabulary(
+    teacher: PreTrainedModel, path: Path, student: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """InputError unless an id means the same token to both; a .pth tells the number of its tokens alone."""
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise InputError(
+            f"the teacher {path} has a vocabulary of {teacher.config.vocab_size}, the student one of "
+            f"{student.config.vocab_size}: choose a teacher that was trained with the student's tokenizer"
+        )
+    if (path / "tokenizer.json").is_file() and load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"the teacher's tokenizer in {path} gives tokens other ids than the student's, {tokenizer.name_or_path}: "
+            "choose a teacher that was trained with the student's tokenizer, or name its own with --tokenizer_path"
+        )
+
+
+def hash_of(path: Path) -> str:
+    """The hash of a .pth, or of what makes a transformers folder the model that it is."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
+    return hashlib.blake2b("".join(map(file_hash, files)).encode(), digest_size=16).hexdigest()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(
+        __doc__, data="sft_mini_512.jsonl", from_weight="pretrain", epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
+    )
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--teacher", default="full_sft", help="stage name, .pth file or transformers folder (default: full_sft)"
+    )
+    group.add_argument("--teacher_preset", choices=PRESETS, help="size of the teacher (default: minimind2)")
+    group.add_argument("--teacher_hidden_size", type=COUNT, help="width of the teacher, in place of the preset's")
+    group.add_argument("--teacher_num_hidden_layers", type=COUNT, help="depth that the teacher must have")
+    group.add_argument(
+        "--alpha",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="weight of the true tokens, 1 - alpha that of the teacher (default: 0.5)",
+    )
+    group.add_argument(
+        "--temperature", type=number(float, 0.01), default=1.0, help="tau: above 1, flatter distributions (default: 1)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Where and in which precision to compute
+    run = Run(args, "distill")
+
+    # 2. Tokenizer, the student, and the frozen teacher
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    student = build_model(args, tokenizer, run)
+    teacher, teacher_path = load_teacher(args, run)
+    check_same_vocabulary(teacher, teacher_path, student, tokenizer)
+    run.settings = {"--alpha": args.alpha, "--temperature": args.temperature, "teacher hash": hash_of(teacher_path)}
+
+    # 3. Data: packed rows of whole conversations, labels on the answers
+    train_path, val_path = resolve_data(args, "sft_mini_512.jsonl", "sft.jsonl")
+    with local_main_first():
+        train_set, val_set = (
+            path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
+            for path in (train_path, val_path)
+        )
+    total_steps = count_steps(train_set, run)
+    run.describe(student, train_set, total_steps)
+
+    # 4. Optimizer; the engine replicates the student over the processes of the launch
+    optimizer = build_optimizer(student, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
+    engine = make_engine(student, optimizer, run, total_steps)
+    run.begin(engine, train_set, total_steps)
+    totals = partial(held_out, teacher, args.alpha, args.temperature)
+
+    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    with run.guard(lambda: save(engine, run, train_set)):
+        for step in training_steps(train_set, run, total_steps):
+            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
+            set_learning_rate(optimizer, learning_rate)
+
+            for batch in step.batches:
+                with run.autocast():
+                    teacher_logits = teach(teacher, batch)  # (B, T, V)
+                with engine.micro_step(last=batch is step.batches[-1]):
+                    output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
+                    losses, ce, kl = losses_at_targets(
+                        output.logits, teacher_logits, batch, args.alpha, args.temperature
+                    )
+                    loss = losses.sum() / step.targets
+                    run.add(batch, losses, step.targets, ce=ce.sum(), kl=kl.sum())
+                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
+                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
+                    engine.backward(loss)
+
+            grad_norm = engine.clip_grad_norm(args.grad_clip)
+            if run.accept_step(grad_norm, train_set):
+                engine.step()
+            engine.zero_grad()
+
+            # 6. Evaluate, log, save: what a checkpoint holds has been told
+            evaluating = is_due(step.number, args.eval_interval, total_steps)
+            if evaluating or step.number % args.log_interval == 0:
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
+                if output.expert_load is not None:
+                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
+                if evaluating and val_set:
+                    meters |= evaluate(student, val_set, run, totals, step.number == total_steps, tokenizer)
+                run.log(step.number, meters)
+            if is_due(step.number, args.save_interval, total_steps):
+                save(engine, run, train_set)
+
+    print(f"wrote {run.weights}; try: python eval_model.py --model_mode 7 --weight {run.weights}")
+
+
+if __name__ == "__main__":
+    run_training(parse_args, main)

@@ -1,0 +1,258 @@
+"""Direct preference optimisation (arXiv 2305.18290): prefer the chosen answer to the rejected one, no reward model.
+
+    loss = mean over pairs of - log sigmoid(beta * (D_chosen - D_rejected))
+    D    = log pi(y|x) - log ref(y|x)        log pi(y|x) = sum of log pi(y_t | x, y_<t) over the answer's tokens, its
+                                             <|im_end|> included; ref = the frozen start, --from_weight
+
+beta * D is the reward that the policy assigns implicitly. Both answers of a pair lie in one packed row, as documents
+that do not see each other, so one forward serves both. The reference never trains: its log-probabilities are computed
+once, before the first step, and kept in out/cache.
+
+Beyond the paper, both off by default:
+  --label_smoothing e        conservative DPO (Mitchell 2023): a share e of the pairs is taken to be labelled the wrong
+                             way round, (1-e) * loss + e * loss of the swapped pair
+  --loss_type sigmoid_norm   length-normalised DPO (Tulu 3, arXiv 2411.15124): each D is divided by its answer's number
+                             of tokens; beta is then about 5
+
+    python trainer/train_dpo.py
+    torchrun --nproc_per_node 2 trainer/train_dpo.py --data_path my_pairs.jsonl --beta 0.2
+    deepspeed --num_gpus 2 trainer/train_dpo.py --deepspeed
+
+Shapes: B rows, T tokens in a row, P pairs in the fullest row of a batch (rows with fewer end with absent ones).
+"""
+
+import argparse
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import DPODataset, sum_by_pair
+from model.loading import find_weights, load_model, load_tokenizer, write_files
+from trainer.distributed import gather, local_main_first, rank, sum_over_ranks, world_size
+from trainer.flags import common_parser, number
+from trainer.optimizers import build_optimizer
+from trainer.steps import (
+    MicroBatch,
+    count_steps,
+    evaluate,
+    is_due,
+    learning_rate_at,
+    micro_batches,
+    peak_expert_load,
+    set_learning_rate,
+    split_rows,
+    training_steps,
+)
+from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+
+BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0}
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float = 0
+) -> Tensor:
+    """Log-probabilities of the answers under the policy and the reference, four of (...) -> loss of each pair (...)."""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def preference_losses(
+    token_losses: Tensor, batch: MicroBatch, args: argparse.Namespace
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """token_losses (B, T), - log pi of each answer token -> losses of the pairs (B, P), sums of what is logged."""
+    documents = batch.inputs["attention_mask"]
+    logprobs = sum_by_pair(-token_losses, documents)  # (B, P, 2)
+    reference = sum_by_pair(batch.extra["reference"], documents)
+    if args.loss_type == "sigmoid_norm":
+        lengths = sum_by_pair((batch.inputs["labels"] != -100).float(), documents).clamp(min=1)
+        logprobs, reference = logprobs / lengths, reference / lengths
+    there = torch.arange(logprobs.shape[1], device=documents.device) < documents.amax(1)[:, None] // 2  # (B, P)
+    losses = dpo_loss(
+        logprobs[..., 0], logprobs[..., 1], reference[..., 0], reference[..., 1], args.beta, args.label_smoothing
+    )
+    logprobs = logprobs.detach()
+    rewards = args.beta * (logprobs - reference)
+    margins = rewards[..., 0] - rewards[..., 1]
+    right = (margins.sign() + 1) / 2  # a tie counts half
+    meters = {
+        "accuracy": (right * there).sum(), "margin": margins.sum(),
+        "chosen_reward": rewards[..., 0].sum(), "rejected_reward": rewards[..., 1].sum(),
+        "chosen_logprob": logprobs[..., 0].sum(), "rejected_logprob": logprobs[..., 1].sum(),
+    }  # fmt: skip
+    return losses * there, meters
+
+
+def held_out(model: torch.nn.Module, batch: MicroBatch, args: argparse.Namespace) -> dict[str, Tensor]:
+    """What is told of held-out pairs, summed."""
+    losses, meters = preference_losses(model(**batch.inputs, return_logits=False).token_losses, batch, args)
+    return {"loss": losses.sum(), **meters}
+
+
+# ------------------------------------------------------------------------------------------------------ the reference
+
+
+def open_reference(args: argparse.Namespace, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+    """The frozen --from_weight: at a run's start the policy itself, for a resumed run the weights it began with."""
+    if not run.checkpoint or args.from_weight == "none":  # a new model has the same values again, from --seed
+        return model
+    path = find_weights(
+        args.out_dir, args.from_weight, hidden_size=model.config.hidden_size, use_moe=model.config.use_moe
+    )
+    return load_model(path, device=run.device)[0]
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """BLAKE2b of all weights, 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def add_reference(dataset: DPODataset, model: torch.nn.Module, model_hash: str, run: Run) -> None:
+    """Set dataset.reference, (pairs, 2) float32: from out/cache, or computed now, each rank its share of the rows.
+
+    The folder of the token cache stands for data, tokenizer and --max_seq_len; the file for the weights and --dtype.
+    """
+    path = dataset.cache.folder / f"reference_{model_hash}_{run.dtype}.npy".replace("torch.", "")
+    values = read_reference(path, len(dataset.piece_lengths))
+    if not all(gather(values is not None)):
+        print(f"reference log-probabilities of {len(dataset.piece_lengths):,} pairs, once", flush=True)
+        values = reference_logprobs(dataset, model, run)
+        if rank() == 0:
+            write_files({path: lambda file: np.save(file, values)})
+    dataset.reference = values
+
+
+def read_reference(path: Path, pairs: int) -> np.ndarray | None:
+    """What add_reference has written, None if it is not there or not whole."""
+    try:
+        values = np.load(path)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return values if values.shape == (pairs, 2) else None
+
+
+@torch.inference_mode()
+def reference_logprobs(dataset: DPODataset, model: torch.nn.Module, run: Run) -> np.ndarray:
+    """log ref of both answers of every pair, (pairs, 2) float32."""
+    values = np.zeros((len(dataset.piece_lengths), 2), np.float32)
+    mine = [
+        rows for step in split_rows(range(len(dataset)), run.batch_size * world_size(), run.batch_size) for rows in step
+    ]
+    model.eval()
+    for batch in micro_batches(dataset, run, mine):
+        with run.autocast():
+            token_losses = model(**batch.inputs, return_logits=False).token_losses
+        logprobs = sum_by_pair(-token_losses, batch.inputs["attention_mask"]).cpu().numpy()
+        for row, found in zip(batch.rows, logprobs, strict=False):  # blank rows come last
+            pairs = dataset.pieces_of(row)
+            values[pairs] = found[: len(pairs)]
+    model.train()
+    return np.asarray(sum_over_ranks(values.ravel().tolist(), run.device), np.float32).reshape(values.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(
+        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=1, lr={"muon": 3e-4, "adamw": 1e-4}
+    )
+    parser.set_defaults(max_seq_len=1024)  # two answers of 512
+    group = parser.add_argument_group("preferences")
+    group.add_argument(
+        "--beta",
+        type=number(float, 0),
+        help="how near the policy stays to the reference (default: 0.1 or 5, see above)",
+    )
+    group.add_argument(
+        "--label_smoothing", type=number(float, 0, 0.5), default=0.0, help="share of wrong labels (default: 0)"
+    )
+    group.add_argument("--loss_type", choices=list(BETAS), default="sigmoid", help="default: sigmoid, the paper's")
+    args = parser.parse_args(argv)
+    args.beta = BETAS[args.loss_type] if args.beta is None else args.beta
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Where and in which precision to compute
+    run = Run(args, "rlhf")
+
+    # 2. Tokenizer and the policy
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = build_model(args, tokenizer, run, args.max_seq_len // 2)
+
+    # 3. Data: packed rows of pairs, labels on the two answers
+    train_path, val_path = resolve_data(args, "dpo.jsonl", "dpo.jsonl")
+    with local_main_first():
+        train_set, val_set = (
+            path and DPODataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
+            for path in (train_path, val_path)
+        )
+    total_steps = count_steps(train_set, run)
+    run.describe(model, train_set, total_steps)
+
+    # 4. The reference's log-probabilities of every answer
+    reference = open_reference(args, model, run)
+    reference_hash = weights_hash(reference)
+    for dataset in filter(None, (train_set, val_set)):
+        add_reference(dataset, reference, reference_hash, run)
+    del reference
+    run.settings = {
+        "reference weights": reference_hash, "--beta": args.beta, "--loss_type": args.loss_type,
+        "--label_smoothing": args.label_smoothing,
+    }  # fmt: skip
+
+    # 5. Optimizer; the engine replicates the policy over the processes of the launch
+    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
+    engine = make_engine(model, optimizer, run, total_steps)
+    run.begin(engine, train_set, total_steps)
+
+    # 6. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    with run.guard(lambda: save(engine, run, train_set)):
+        for step in training_steps(train_set, run, total_steps):
+            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
+            set_learning_rate(optimizer, learning_rate)
+
+            for batch in step.batches:
+                with engine.micro_step(last=batch is step.batches[-1]):
+                    output = engine(**batch.inputs, return_logits=False)
+                    losses, meters = preference_losses(output.token_losses, batch, args)
+                    loss = losses.sum() / step.targets
+                    run.add(batch, losses, step.targets, **meters)
+                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
+                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
+                    engine.backward(loss)
+
+            grad_norm = engine.clip_grad_norm(args.grad_clip)
+            if run.accept_step(grad_norm, train_set):
+                engine.step()
+            engine.zero_grad()
+
+            # 7. Evaluate, log, save: what a checkpoint holds has been told
+            evaluating = is_due(step.number, args.eval_interval, total_steps)
+            if evaluating or step.number % args.log_interval == 0:
+                told = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
+                if output.expert_load is not None:
+                    told["peak_expert_load"] = peak_expert_load(output.expert_load)
+                if evaluating and val_set:
+                    told |= evaluate(model, val_set, run, partial(held_out, args=args), step.number == total_steps)
+                run.log(step.number, told)
+            if is_due(step.number, args.save_interval, total_steps):
+                save(engine, run, train_set)
+
+    print(f"wrote {run.weights}; try: python eval_model.py --model_mode 2 --weight {run.weights}")
+
+
+if __name__ == "__main__":
+    run_training(parse_args, main)

@@ -1,0 +1,160 @@
+"""Reward model (Bradley-Terry): a score for every answer, learned from which of two answers is preferred.
+
+    loss = mean over pairs of - log sigmoid(R(x, y_chosen) - R(x, y_rejected))
+    R    = w . h, the head on the hidden state of the answer's last token: <|im_end|>, or the last one kept of an answer
+           that was cut
+
+The layers start from --from_weight, the head at zero (model/heads.py), and all weights train. Only differences of
+scores enter the loss, so it leaves open where their mean lies; RL clips scores around 0, so as in trl
+
+    + center * mean over pairs of (R_chosen + R_rejected)^2        (arXiv 2312.09244; --center 0: without)
+
+holds the mean near 0. The logged loss is without it, and so is val_loss. accuracy: share of pairs in which the chosen
+answer scores higher.
+
+    python trainer/train_reward.py
+    torchrun --nproc_per_node 2 trainer/train_reward.py --data_path my_pairs.jsonl
+    deepspeed --num_gpus 2 trainer/train_reward.py --deepspeed
+
+Shapes: B rows, T tokens in a row, P pairs in the fullest row of a batch (rows with fewer end with absent ones).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.lm_dataset import DPODataset, sum_by_pair
+from model.heads import MiniMindForScoring
+from model.loading import load_tokenizer
+from trainer.distributed import local_main_first
+from trainer.flags import common_parser, number
+from trainer.optimizers import build_optimizer
+from trainer.steps import (
+    MicroBatch,
+    count_steps,
+    evaluate,
+    is_due,
+    learning_rate_at,
+    peak_expert_load,
+    set_learning_rate,
+    training_steps,
+)
+from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Scores of the two answers, two of (...) -> - log of the odds that the chosen one is preferred (...)."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def answer_scores(scores: Tensor, batch: MicroBatch) -> Tensor:
+    """Of the scores of all tokens (B, T) those of the last answer tokens (B, P, 2); absent pairs have 0."""
+    is_answer = batch.inputs["labels"] != -100
+    is_last = is_answer & ~F.pad(is_answer, (0, 1))[:, 1:]  # an answer is one run of targets
+    return sum_by_pair(scores * is_last, batch.inputs["attention_mask"])
+
+
+def preference_losses(scores: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Scores of all tokens (B, T) -> losses (B, P), (R_chosen + R_rejected)^2 (B, P), sums of what is logged."""
+    pairs = answer_scores(scores, batch)
+    chosen, rejected = pairs.unbind(-1)
+    there = torch.arange(chosen.shape[1], device=scores.device) < batch.inputs["attention_mask"].amax(1)[:, None] // 2
+    losses = bradley_terry_loss(chosen, rejected) * there
+    centering = (chosen + rejected) ** 2
+    margins = (chosen - rejected).detach()
+    right = (margins.sign() + 1) / 2  # a tie counts half
+    meters = {
+        "accuracy": (right * there).sum(), "margin": margins.sum(),
+        "chosen_score": chosen.detach().sum(), "rejected_score": rejected.detach().sum(),
+    }  # fmt: skip
+    return losses, centering, meters
+
+
+def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+    """What is told of held-out pairs, summed."""
+    inputs = batch.inputs
+    output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    losses, _, meters = preference_losses(output.scores, batch)
+    return {"loss": losses.sum(), **meters}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(
+        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=3, lr={"muon": 2e-3, "adamw": 5e-4}
+    )
+    parser.set_defaults(max_seq_len=1024)  # two answers of 512
+    group = parser.add_argument_group("preferences")
+    group.add_argument(
+        "--center", type=number(float, 0), default=0.01, help="weight that holds the mean score at 0 (default: 0.01)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Where and in which precision to compute
+    run = Run(args, "reward")
+    run.settings = {"--center": args.center}
+
+    # 2. Tokenizer; the chat model's layers under a new head
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = MiniMindForScoring.from_language_model(build_model(args, tokenizer, run, args.max_seq_len // 2))
+
+    # 3. Data: packed rows of pairs, labels on the two answers
+    train_path, val_path = resolve_data(args, "dpo.jsonl", "dpo.jsonl")
+    with local_main_first():
+        train_set, val_set = (
+            path and DPODataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
+            for path in (train_path, val_path)
+        )
+    total_steps = count_steps(train_set, run)
+    run.describe(model, train_set, total_steps)
+
+    # 4. Optimizer; the engine replicates the model over the processes of the launch
+    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
+    engine = make_engine(model, optimizer, run, total_steps)
+    run.begin(engine, train_set, total_steps)
+
+    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    with run.guard(lambda: save(engine, run, train_set)):
+        for step in training_steps(train_set, run, total_steps):
+            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
+            set_learning_rate(optimizer, learning_rate)
+
+            for batch in step.batches:
+                with engine.micro_step(last=batch is step.batches[-1]):
+                    output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
+                    losses, centering, meters = preference_losses(output.scores, batch)
+                    loss = (losses + args.center * centering).sum() / step.targets
+                    run.add(batch, losses, step.targets, **meters)
+                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
+                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
+                    engine.backward(loss)
+
+            grad_norm = engine.clip_grad_norm(args.grad_clip)
+            if run.accept_step(grad_norm, train_set):
+                engine.step()
+            engine.zero_grad()
+
+            # 6. Evaluate, log, save: what a checkpoint holds has been told
+            evaluating = is_due(step.number, args.eval_interval, total_steps)
+            if evaluating or step.number % args.log_interval == 0:
+                told = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
+                if output.expert_load is not None:
+                    told["peak_expert_load"] = peak_expert_load(output.expert_load)
+                if evaluating and val_set:
+                    told |= evaluate(model, val_set, run, held_out, step.number == total_steps)
+                run.log(step.number, told)
+            if is_due(step.number, args.save_interval, total_steps):
+                save(engine, run, train_set)
+
+    print(f"wrote {run.weights}")
+
+
+if __name__ == "__main__":
+    run_training(parse_args, main)
