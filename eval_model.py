@@ -81,6 +81,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_k", type=number(int, 0), default=0, help="sample from so many tokens (default: 0, all)")
     add("--min_p", type=share, default=0.0, help="sample from tokens with this share of the best (default: 0, all)")
     add("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="above 1: repeat less (default: 1)")
+    add(
+        "--reasoning", default=True, **SWITCH,
+        help="0: the thought of each reply is opened and closed for the model, so that it answers at once (default: 1)",
+    )  # fmt: skip
     add("--inference_rope_scaling", default=False, **SWITCH, help="YaRN: read further than the model was trained")
     add("--quant", choices=["none", "int8"], default="none", help="int8: faster on a CPU, a little less exact")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
@@ -218,7 +222,8 @@ def fitting_prompt(engine: Engine, tokenizer, turns: list[str], args: argparse.N
             ids = [tokenizer.bos_token_id, *tokenizer(turns[-1], add_special_tokens=False).input_ids]
         else:
             kept = turns[start:]
-            ids = encode_prompt(tokenizer, [{"role": roles[i % 2], "content": text} for i, text in enumerate(kept)])
+            chat = [{"role": roles[i % 2], "content": text} for i, text in enumerate(kept)]
+            ids = encode_prompt(tokenizer, chat, enable_thinking=args.reasoning)
         if len(ids) <= room:
             return ids
         if not args.truncate:
@@ -239,18 +244,23 @@ def pieces(engine: Engine, request: Request, ids: list[int]) -> Iterator[str]:
 def split_thoughts(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
     """Text in pieces -> (whether it stands between <think> and </think>, piece without tags and blanks behind them).
 
-    What may be the beginning of a tag waits for the next piece.
+    The tags <answer> and </answer> are left out too. What may be the beginning of a tag waits for the next piece.
     """
     thought = behind_tag = False
     held = ""
     for text in chain(texts, [None]):
         held += text or ""
-        while (tag := "</think>" if thought else "<think>") in held:
-            before, held = held.split(tag, 1)
+        while True:
+            tags = ("</think>",) if thought else ("<think>", "<answer>", "</answer>")
+            place, tag = min(((held.find(tag), tag) for tag in tags if tag in held), default=(-1, ""))
+            if place < 0:
+                break
+            before, held = held[:place], held[place + len(tag) :]
             if before.strip():
                 yield thought, before.lstrip() if behind_tag else before
-            thought, behind_tag = not thought, True
-        waiting = 0 if text is None else max((k for k in range(1, len(tag)) if held.endswith(tag[:k])), default=0)
+            thought, behind_tag = tag == "<think>", True
+        starts = (k for tag in tags for k in range(1, len(tag)) if held.endswith(tag[:k]))
+        waiting = 0 if text is None else max(starts, default=0)
         ready, held = held[: len(held) - waiting], held[len(held) - waiting :]
         if behind_tag:
             ready = ready.lstrip()

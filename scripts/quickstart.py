@@ -30,7 +30,7 @@ from trainer.devices import pick_device
 from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
-STUDENT = {"hidden_size": 128, "num_hidden_layers": 4}  # of the distillation
+STUDENT = {"hidden_size": 128, "num_hidden_layers": 3}  # of the distillation
 SHOWN = 12  # sample answers in the report
 
 
@@ -123,9 +123,12 @@ def sft(job: Job) -> list[Gain]:
 def lora(job: Job) -> list[Gain]:
     """Two adapters on the same weights: another name, and some medicine."""
     gains = []
-    for name, measure in (("lora_identity", "own name"), ("lora_medical", "medical questions")):
+    for name, measure, more in (
+        ("lora_identity", "own name", []),
+        ("lora_medical", "medical questions", ["--lora_targets=all", "--lora_rank=16"]),
+    ):
         before = job.share_right(job.model("full_sft"), f"{name}_val.jsonl")
-        job.train("train_lora.py", f"{name}.jsonl", f"--lora_name={name}")
+        job.train("train_lora.py", f"{name}.jsonl", f"--lora_name={name}", "--batch_size=4", *more)
         model = job.model("full_sft")
         load_lora(model, find_lora(job.out_dir, name, model.config))
         merge(model)
@@ -153,11 +156,17 @@ def distillation(job: Job) -> list[Gain]:
     teacher = find_weights(job.out_dir, "full_sft", **job.sizes)
     student = job.out_dir / "student"
     job.train(
-        "train_pretrain.py", "pretrain.jsonl", "--epochs=1", "--learning_rate=0.006", out_dir=student, sizes=STUDENT
+        "train_pretrain.py", "pretrain.jsonl", "--epochs=2", "--learning_rate=0.008", out_dir=student, sizes=STUDENT
     )
     scores = []
-    for alpha in (1, 0.5):
-        flags = [f"--teacher={teacher}", f"--alpha={alpha}", "--from_weight=pretrain", "--epochs=1"]
+    for alpha in (1, 0.2):
+        flags = [
+            f"--teacher={teacher}",
+            f"--alpha={alpha}",
+            "--from_weight=pretrain",
+            "--epochs=1",
+            "--learning_rate=0.008",
+        ]
         job.train("train_distillation.py", "sft.jsonl", *flags, out_dir=student, sizes=STUDENT)
         scores.append(job.share_right(job.model("distill", student, STUDENT), "sft_val.jsonl"))
     return [Gain("general score of the student", *scores, "without a teacher")]

@@ -13,7 +13,7 @@ from dataset.chat import encode_prompt
 from dataset.lm_dataset import file_hash
 from model.errors import run_script
 from model.LMConfig import MiniMindConfig
-from model.loading import load_model, save_weights
+from model.loading import load_model, load_tokenizer, save_weights
 from model.model_lora import attach, export_peft, load_lora, save_lora
 from model.model_minimind import MiniMindForCausalLM
 
@@ -63,7 +63,9 @@ def typing(monkeypatch):
         monkeypatch.setattr("builtins.input", lambda *_: next(lines))
         monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
         monkeypatch.setattr(
-            eval_model, "encode_prompt", lambda tokenizer, turns: seen.append(turns) or encode_prompt(tokenizer, turns)
+            eval_model,
+            "encode_prompt",
+            lambda tokenizer, turns, **keys: seen.append(turns) or encode_prompt(tokenizer, turns, **keys),
         )
         return seen
 
@@ -208,6 +210,8 @@ def test_questions_draw_apart_and_repeat_with_the_seed(run, monkeypatch):
         ("<think>\nhm\n</think>\n\nyes", [(True, "hm\n"), (False, "yes")]),
         ("<think>\n\n</think>\n\nyes", [(False, "yes")]),
         ("a<think>b</think>c<think>d", [(False, "a"), (True, "b"), (False, "c"), (True, "d")]),
+        ("<think>\nhm\n</think>\n<answer>\n7\n</answer>", [(True, "hm\n"), (False, "7\n")]),
+        ("<think>an <answer> tag</think>x</answer>", [(True, "an <answer> tag"), (False, "x")]),
         ("</think> 1 < 2 <th", [(False, "</think> 1 < 2 <th")]),
     ],
 )
@@ -220,6 +224,16 @@ def test_thoughts_apart(text, parts, size):
         else:
             joined.append((thought, piece))
     assert joined == parts
+
+
+def test_reasoning_can_be_turned_off(run, monkeypatch):
+    prompts = []
+    stream = eval_model.pieces
+    monkeypatch.setattr(eval_model, "pieces", lambda *args: prompts.append(args[1].prompt) or stream(*args))
+    run("--prompt=Hello")
+    run("--prompt=Hello", "--reasoning=0")
+    on, off = prompts
+    assert off[: len(on)] == on and load_tokenizer().decode(off[len(on) :]) == "<think>\n\n</think>\n\n"
 
 
 def test_thoughts_are_shown_apart_and_not_remembered(run, typing, monkeypatch):

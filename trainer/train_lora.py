@@ -63,7 +63,7 @@ def adapter_name(text: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(
-        __doc__, data="LORA_NAME.jsonl", from_weight="full_sft", epochs=10, lr={"adamw": 2e-3, "muon": 2e-3}
+        __doc__, data="LORA_NAME.jsonl", from_weight="full_sft", epochs=4, lr={"adamw": 2e-3, "muon": 2e-3}
     )
     group = parser.add_argument_group("LoRA")
     group.add_argument(
