@@ -566,6 +566,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
+        equal_weights: bool = True,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         **transformers_keys,
@@ -573,8 +574,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
 
         logits_to_keep: logits of the last so many tokens only (0: of all). return_logits=False: none, and the losses
-        are computed without ever holding (B, T, V) float32 numbers. num_items_in_batch replaces the number of targets
-        that `loss` is divided by. The other arguments are those of MiniMindModel.
+        are computed without ever holding (B, T, V) float32 numbers. equal_weights: the caller will give all
+        token_losses the same weight, as in a mean (no more than a hint: it saves work on a CPU). num_items_in_batch
+        replaces the number of targets that `loss` is divided by. The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
         if use_cache is None:
@@ -583,7 +585,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
         if labels is not None:
-            token_losses, targets = next_token_losses(hidden, self.lm_head.weight, labels, attention_mask)
+            token_losses, targets = next_token_losses(
+                hidden, self.lm_head.weight, labels, attention_mask, equal_weights
+            )
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -689,7 +693,7 @@ def add_gradients(grads, part: slice, softmax: Tensor, hidden: Tensor, weight: T
 
 
 def next_token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, attention_mask: Tensor | None
+    hidden: Tensor, weight: Tensor, labels: Tensor, attention_mask: Tensor | None, equal_weights: bool = True
 ) -> tuple[Tensor, Tensor]:
     """-log p(labels[:, t] | what came before t), and the number of targets: hidden (B, T, D), weight (V, D) -> (B, T).
 
@@ -704,7 +708,7 @@ def next_token_losses(
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
         places = wanted.nonzero()[:, 0]
-        early = torch.is_grad_enabled() and hidden.requires_grad
+        early = equal_weights and torch.is_grad_enabled() and hidden.requires_grad
         losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places], early)
         losses = losses.new_zeros(wanted.shape).index_copy(0, places, losses)
     else:

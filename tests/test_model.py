@@ -842,3 +842,23 @@ def test_trl_sft(tmp_path, tokenizer):
     before = model.model.norm.weight.clone()
     result = trainer.train()
     assert math.isfinite(result.training_loss) and not torch.equal(before, model.model.norm.weight)
+
+
+@pytest.mark.parametrize("hint", [True, False])
+def test_gradients_hold_for_any_weights_of_the_token_losses(hint):
+    """equal_weights is a hint about speed: right or wrong, the gradient is that of whole logits."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=1, vocab_size=50)).train()
+    ids, grads = torch.randint(50, (2, 9)), []
+    for weights in torch.ones(2, 9), torch.rand(2, 9):
+        model.zero_grad()
+        output = model(ids, labels=ids, return_logits=False, equal_weights=hint)
+        (output.token_losses * weights).sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+        whole = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        (whole * weights[:, 1:].flatten()).sum().backward()
+        for ours, parameter in zip(grads[-1], model.parameters(), strict=True):
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)

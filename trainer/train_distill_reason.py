@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
 
             for batch in step.batches:
                 with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**batch.inputs, return_logits=False)
+                    output = engine(**batch.inputs, return_logits=False, equal_weights=False)
                     losses = output.token_losses * batch.extra["weights"]  # (B, T)
                     loss = losses.sum() / step.targets  # the sum of the weights of the whole step
                     run.add(batch, losses, step.targets)

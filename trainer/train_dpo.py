@@ -166,7 +166,7 @@ def reference_logprobs(dataset: DPODataset, model: torch.nn.Module, run: Run) ->
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(
-        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=1, lr={"muon": 3e-4, "adamw": 1e-4}
+        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=1, lr={"muon": 1e-4, "adamw": 3e-5}
     )
     parser.set_defaults(max_seq_len=1024)  # two answers of 512
     group = parser.add_argument_group("preferences")
@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
 
             for batch in step.batches:
                 with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**batch.inputs, return_logits=False)
+                    output = engine(**batch.inputs, return_logits=False, equal_weights=False)
                     losses, meters = preference_losses(output.token_losses, batch, args)
                     loss = losses.sum() / step.targets
                     run.add(batch, losses, step.targets, **meters)
