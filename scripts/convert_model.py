@@ -2,9 +2,12 @@
 
     python scripts/convert_model.py out/full_sft_512.pth exported/       dense: Llama; a mixture: GraniteMoeShared
     python scripts/convert_model.py exported/ out/full_sft_512.pth       a folder of a Llama or of MiniMind's own: .pth
+    python scripts/convert_model.py out/full_sft_512.pth exported/ --lora_name lora_identity   an adapter merged in
+    python scripts/convert_model.py out/full_sft_512.pth adapter/ --lora_name lora_identity --peft   it alone
 
-Both compute exactly what MiniMind computes. The folder holds safetensors in the precision of the .pth, config and
-tokenizer, readable by transformers 4 and 5. It is loaded again and its logits are compared before it is called done.
+Both classes compute exactly what MiniMind computes. The folder holds safetensors in the precision of the .pth (float32
+with an adapter, whose sum half precision would round), config and tokenizer, readable by transformers 4 and 5. It is
+loaded again and its logits are compared before it is called done.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from model.decoder import own_config
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, load_model, load_tokenizer, save_weights
+from model.model_lora import detach, export_peft, find_lora, load_lora, merge
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flags import SWITCH
 
@@ -46,6 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("target", type=Path, help="a folder, or a .pth file where the source is a folder")
     add("--tokenizer_path", type=Path, help="folder of the tokenizer to put beside the weights (default: model/)")
     add("--preset", choices=PRESETS, help="size of a .pth file that has no JSON beside it")
+    add("--lora_name", help="adapter of lora/ beside the source, or a .pth file, to merge into the weights")
+    add("--peft", **SWITCH, default=False, help="with --lora_name: write the adapter alone, in the format of PEFT")
     add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
     return parser.parse_args(argv)
 
@@ -117,10 +123,15 @@ def make_portable(folder: Path, theta: float) -> None:
     path.write_text(json.dumps(config | {"rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
 
 
-def export(model: MiniMindForCausalLM, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> float:
-    """Write a transformers folder, beside its name first -> how far its logits are from the model's."""
+def must_be_free(target: Path) -> None:
+    """Raise InputError for a target that would be overwritten."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already: name another folder, or remove it")
+
+
+def export(model: MiniMindForCausalLM, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> float:
+    """Write a transformers folder, beside its name first -> how far its logits are from the model's."""
+    must_be_free(target)
     exported = (to_granite if model.config.use_moe else to_llama)(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting") as scratch:
@@ -161,13 +172,24 @@ def restore(model: PreTrainedModel, info: dict, source: Path, target: Path) -> f
 def main(args: argparse.Namespace) -> None:
     if args.source.is_dir() == (args.target.suffix != ".pth"):
         raise UsageError("one side must be a .pth file, the other a folder")
+    if args.peft and not args.lora_name:
+        raise UsageError("--peft writes an adapter: name it with --lora_name")
     model, info = load_model(args.source, preset=args.preset)
+    if args.lora_name:
+        load_lora(model, find_lora(args.source.parent, args.lora_name, model.config))
+        if args.peft:
+            must_be_free(args.target)
+            export_peft(model, args.target, base_name=str(args.source))
+            print(f"wrote {args.target}, an adapter for the folder that {args.source} is exported to")
+            return
+        merge(model)
+        detach(model)
     if args.source.is_dir():
         error = restore(model, info, args.source, args.target)
     else:
         tokenizer_folder = args.tokenizer_path or Path(__file__).resolve().parents[1] / "model"
         check_vocab(load_tokenizer(tokenizer_folder), model.config)
-        dtype = getattr(torch, info.get("dtype", "float16"))
+        dtype = torch.float32 if args.lora_name else getattr(torch, info.get("dtype", "float16"))
         error = export(model, tokenizer_folder, args.target, dtype)
     print(f"wrote {args.target}; logits within {error:.1e} of {args.source}")
 

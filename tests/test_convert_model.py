@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeSharedFo
 from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
+from model.model_lora import attach, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from scripts import convert_model
 
@@ -80,3 +81,29 @@ def test_what_is_there_stays(weights, tmp_path):
     with pytest.raises(UsageError, match="one side"):
         convert(weights, tmp_path / "other.pth")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes.txt"]
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_or_written_for_peft(weights, tmp_path):
+    """The merged export, and peft's own model of the plain export with the adapter folder: the same logits."""
+    peft = pytest.importorskip("peft", reason="development package")
+    model, _ = load_model(weights)
+    attach(model, 4, 8.0, ["q_proj", "v_proj"])
+    for name, parameter in model.named_parameters():
+        if ".lora.B." in name:
+            parameter.normal_(std=0.1)
+    save_lora(model, tmp_path / "lora" / weights.name.replace("full_sft", "mine"), **{**KEYS, "stage": "mine"})
+    convert(weights, tmp_path / "plain")
+    convert(weights, tmp_path / "merged", "--lora_name=mine")
+    convert(weights, tmp_path / "adapter", "--lora_name=mine", "--peft")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    ids = torch.randint(6400, (1, 30))
+    before = plain(ids).logits
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    assert (theirs - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged(ids).logits, theirs, rtol=1e-4, atol=2e-5)
+    with pytest.raises(InputError, match="is there already"):
+        convert(weights, tmp_path / "adapter", "--lora_name=mine", "--peft")
+    with pytest.raises(UsageError, match="--lora_name"):
+        convert(weights, tmp_path / "other", "--peft")

@@ -86,7 +86,7 @@ def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(
-        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=3, lr={"muon": 2e-3, "adamw": 5e-4}
+        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=4, lr={"muon": 1e-3, "adamw": 2e-4}
     )
     parser.set_defaults(max_seq_len=1024)  # two answers of 512
     group = parser.add_argument_group("preferences")
