@@ -46,7 +46,8 @@ from model.errors import UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_tokenizer
 from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
-from scripts import benchmark_generate
+from scripts.benchmark_generate import __doc__ as generate_doc
+from scripts.benchmark_generate import add_generate_flags, benchmark_generate
 from scripts.make_demo_data import ensure_demo_data
 from trainer.devices import DTYPES, pick_device, pick_dtype
 from trainer.flags import COUNT, ROOT, SWITCH, number
@@ -73,9 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_train_flags(train)
     generate = commands.add_parser(
         "generate", help="prefill and decoding, beside transformers' generate and llama.cpp",
-        description=benchmark_generate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=generate_doc, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    benchmark_generate.add_generate_flags(generate)
+    add_generate_flags(generate)
     return parser
 
 
@@ -421,7 +422,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    (benchmark_train if args.command == "train" else benchmark_generate.run)(args)
+    (benchmark_train if args.command == "train" else benchmark_generate)(args)
 
 
 def benchmark_train(args: argparse.Namespace) -> None:

@@ -302,7 +302,7 @@ def print_figures(batch: int, figures: dict[str, dict]) -> None:
         )
 
 
-def run(args: argparse.Namespace) -> None:
+def benchmark_generate(args: argparse.Namespace) -> None:
     if args.natural and not args.weight:
         raise UsageError("--natural needs a trained model, that ends its replies: give --weight")
     model, tokenizer = open_weights(args), load_tokenizer()

@@ -212,8 +212,8 @@ def test_the_search_for_reads_finds_what_it_should():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_unknown_flag_is_a_usage_error(script, tmp_path, capsys):
-    first = {"inspect_data.py": tmp_path / "x.jsonl", "benchmark.py": "train"}
-    positional = [first[script.name]] if script.name in first else []
+    first = {"inspect_data.py": [tmp_path / "x.jsonl"], "benchmark.py": ["train"], "convert_model.py": ["a.pth", "b"]}
+    positional = first.get(script.name, [])
     code, _, err = ends(
         module_of(script), [*positional, f"--out_dir={tmp_path / 'new'}", "--no_such_flag", "1"], capsys
     )
@@ -396,7 +396,9 @@ def test_typing_keeps_the_turns(weights, capsys, monkeypatch):
     lines, prompts = iter(["1", "Hello", "Again", ""]), []
     monkeypatch.setattr("builtins.input", lambda *_: next(lines))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(eval_model, "encode_prompt", lambda t, turns: prompts.append(turns) or encode_prompt(t, turns))
+    monkeypatch.setattr(
+        eval_model, "encode_prompt", lambda t, turns, **keys: prompts.append(turns) or encode_prompt(t, turns, **keys)
+    )
     ask(weights, capsys)
     assert [[turn["role"] for turn in turns] for turns in prompts] == [["user"], ["user", "assistant", "user"]]
     assert [turns[-1]["content"] for turns in prompts] == ["Hello", "Again"]
