@@ -114,6 +114,7 @@ def run_generate(model, prompts: list[list[int]], new_tokens: int, natural: bool
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    model.generation_config.eos_token_id = end if natural else None  # where the config below says None, this one counts
     config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end if natural else None
     )

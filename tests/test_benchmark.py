@@ -230,7 +230,9 @@ def test_natural_replies_end_at_the_end_token():
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).eval()
     prompts = [[5, 9, 11], [7, 8, 30, 60, 4, 17, 23]]
     free = benchmark_generate.run_generate(model, prompts, 8, natural=False).replies
-    model.config.eos_token_id = free[0][2]  # as if this token ended replies
+    model.config.eos_token_id = model.generation_config.eos_token_id = free[0][2]  # as if this token ended replies
+    assert benchmark_generate.run_generate(model, prompts, 8, natural=False).replies == free
+    model.generation_config.eos_token_id = free[0][2]
     place = free[0].index(model.config.eos_token_id)
     runs = [benchmark_generate.run_generate(model, prompts, 8, natural=True)]
     runs.append(benchmark_generate.run_engine(Engine(model), prompts, 8, natural=True))
