@@ -26,7 +26,7 @@ from model.errors import InputError, UsageError, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from model.model_lora import detach, find_lora, load_lora, merge
+from model.model_lora import find_lora, merge_lora
 from trainer.devices import DTYPES, pick_device, pick_dtype
 from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 from trainer.trainer_utils import given_sizes
@@ -145,9 +145,7 @@ def main(args: argparse.Namespace) -> None:
 def merge_adapter(model: torch.nn.Module, base: Path, args: argparse.Namespace) -> str:
     """Add the adapter that --lora_name means to the model's weights -> " + its file", and whether others are below."""
     path = find_lora(args.out_dir, args.lora_name, model.config)
-    trained_on = load_lora(model, path).get("base")
-    merge(model)
-    detach(model)
+    trained_on = merge_lora(model, path).get("base")
     other = trained_on and base.is_file() and file_hash(base) != trained_on["hash"]
     return f" + {path}" + (f" (note: trained on other weights, {trained_on['name']})" if other else "")
 

@@ -218,6 +218,14 @@ def load_lora(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return {**info, "lora": adapter_settings(model), "path": str(path)}
 
 
+def merge_lora(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """load_lora, merged into plain weights for good -> what is known of the adapter."""
+    info = load_lora(model, path)
+    merge(model)
+    detach(model)
+    return info
+
+
 def install(model: nn.Module, path: Path, state: dict[str, Tensor], pattern: re.Pattern, alpha: float | None) -> None:
     """Attach an adapter with these tensors; InputError, before anything is changed, unless all of them fit."""
     if other := [name for name, value in state.items() if not pattern.fullmatch(name) or value.dim() != 2]:

@@ -49,7 +49,7 @@ from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
 from scripts.benchmark_generate import __doc__ as generate_doc
 from scripts.benchmark_generate import add_generate_flags, benchmark_generate
 from scripts.make_demo_data import ensure_demo_data
-from trainer.devices import DTYPES, pick_device, pick_dtype
+from trainer.devices import DTYPES, pick_device, pick_dtype, synchronize
 from trainer.flags import COUNT, ROOT, SWITCH, number
 from trainer.optimizers import build_optimizer
 
@@ -270,11 +270,6 @@ def active_parameters(model: MiniMindForCausalLM) -> int:
     routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts
     return sum(p.numel() for p in model.parameters()) - round(routed * idle)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
 
 
 # ------------------------------------------------------------------------------------------- the products of a model

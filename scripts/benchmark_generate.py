@@ -39,7 +39,7 @@ from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer
 from model.model_minimind import MiniMindForCausalLM
 from scripts.make_demo_data import ensure_demo_data
-from trainer.devices import pick_device
+from trainer.devices import pick_device, synchronize
 from trainer.flags import COUNT, SWITCH, number
 
 REFERENCE = "generate float32"
@@ -179,11 +179,6 @@ def duplicate(model, dtype: torch.dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------- the limits
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

@@ -36,7 +36,7 @@ from model.decoder import own_config
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, load_model, load_tokenizer, save_weights
-from model.model_lora import detach, export_peft, find_lora, load_lora, merge
+from model.model_lora import export_peft, find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flags import SWITCH
 
@@ -176,14 +176,14 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--peft writes an adapter: name it with --lora_name")
     model, info = load_model(args.source, preset=args.preset)
     if args.lora_name:
-        load_lora(model, find_lora(args.source.parent, args.lora_name, model.config))
+        adapter = find_lora(args.source.parent, args.lora_name, model.config)
         if args.peft:
             must_be_free(args.target)
+            load_lora(model, adapter)
             export_peft(model, args.target, base_name=str(args.source))
             print(f"wrote {args.target}, an adapter for the folder that {args.source} is exported to")
             return
-        merge(model)
-        detach(model)
+        merge_lora(model, adapter)
     if args.source.is_dir():
         error = restore(model, info, args.source, args.target)
     else:

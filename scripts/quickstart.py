@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import read_jsonl
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer
-from model.model_lora import detach, find_lora, load_lora, merge
+from model.model_lora import find_lora, merge_lora
 from scripts.make_demo_data import ensure_demo_data
 from scripts.scoring import answer_all, is_right, reasoned_answer, score_by
 from trainer.devices import pick_device
@@ -97,14 +97,10 @@ class Job:
         """The general score of the fine-tuned model, which later stages should not spoil."""
         return self.share_right(self.model("full_sft"), "sft_val.jsonl")
 
-    def last(self, log: str, key: str) -> float:
-        """A figure of the last line of a log."""
-        (path,) = [p for p in (self.out_dir / "logs").glob(f"{log}_*.jsonl") if self.fits(p)]
-        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])[key]
-
-    def fits(self, path: Path) -> bool:
-        """Whether a log belongs to this job's size."""
-        return path.stem.rsplit("_", 1)[1] == str(self.sizes.get("hidden_size", 512))
+    def last(self, stage: str, key: str) -> float:
+        """A figure of the last line of a stage's log."""
+        log = self.out_dir / "logs" / f"{find_weights(self.out_dir, stage, **self.sizes).stem}.jsonl"
+        return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])[key]
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
@@ -130,9 +126,7 @@ def lora(job: Job) -> list[Gain]:
         before = job.share_right(job.model("full_sft"), f"{name}_val.jsonl")
         job.train("train_lora.py", f"{name}.jsonl", f"--lora_name={name}", "--batch_size=4", *more)
         model = job.model("full_sft")
-        load_lora(model, find_lora(job.out_dir, name, model.config))
-        merge(model)
-        detach(model)
+        merge_lora(model, find_lora(job.out_dir, name, model.config))
         gains.append(Gain(measure, before, job.share_right(model, f"{name}_val.jsonl")))
         gains.append(Gain(f"general score with {name}", job.general, job.share_right(model, "sft_val.jsonl")))
     return gains

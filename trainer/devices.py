@@ -48,3 +48,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return True
     # Intel cores without the matrix unit have the instruction too, and are twice as slow with it as in float32.
     return {"avx512_bf16", "AuthenticAMD"} <= words
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()

@@ -168,9 +168,10 @@ def is_due(step: int, interval: int | None, total_steps: int) -> bool:
     return step % interval == 0 or step == total_steps
 
 
-def peak_expert_load(load: torch.Tensor) -> float:
-    """Tokens of the busiest expert of any layer, over an even share: (layers, E) -> 1 (even) to E (all on one)."""
-    return float((load / load.mean(-1, keepdim=True).clamp(min=1)).max())
+def expert_meters(output) -> dict[str, float]:
+    """Tokens of the busiest expert of any layer, over an even share: 1 (even) to E (all on one). Dense: nothing."""
+    load = output.expert_load  # (layers, E)
+    return {} if load is None else {"peak_expert_load": float((load / load.mean(-1, keepdim=True).clamp(min=1)).max())}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ else from full_sft. An answer that is longer than --max_seq_len loses its end, a
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,20 +30,19 @@ from dataset.chat import plain_text_backend
 from dataset.lm_dataset import IGNORED, SFTDataset
 from model.errors import InputError
 from model.loading import find_weights, load_tokenizer
-from trainer.distributed import local_main_first
 from trainer.flags import common_parser, number
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
     MicroBatch,
     count_steps,
     evaluate,
+    expert_meters,
     is_due,
     learning_rate_at,
-    peak_expert_load,
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, given_sizes, make_engine, resolve_data, run_training, save
+from trainer.trainer_utils import Run, build_model, given_sizes, make_engine, open_data, run_training, save
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 START = "rlhf, else full_sft"
@@ -125,12 +125,8 @@ def main(args: argparse.Namespace) -> None:
     run.settings = {"--tag_weight": args.tag_weight}
 
     # 3. Data: packed rows of whole conversations, labels on the answers and a weight for each label
-    train_path, val_path = resolve_data(args, "r1_mix_1024.jsonl", "reason.jsonl")
-    with local_main_first():
-        train_set, val_set = (
-            path and ReasonDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed, **tags)
-            for path in (train_path, val_path)
-        )
+    kind = partial(ReasonDataset, **tags)
+    train_set, val_set = open_data(kind, "r1_mix_1024.jsonl", "reason.jsonl", tokenizer, run)
     total_steps = count_steps(train_set, run)
     run.describe(model, train_set, total_steps)
 
@@ -163,9 +159,7 @@ def main(args: argparse.Namespace) -> None:
             # 6. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
-                if output.expert_load is not None:
-                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
                 if evaluating and val_set:
                     meters |= evaluate(model, val_set, run, held_out, step.number == total_steps, tokenizer)
                     meters["val_ce"] /= meters.pop("val_count")  # both came divided by the sum of weights

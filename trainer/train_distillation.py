@@ -16,7 +16,6 @@ in it, so that no fine-tuned student is needed (--from_weight full_sft goes on f
 """
 
 import argparse
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,25 +28,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import SFTDataset, file_hash
+from dataset.lm_dataset import SFTDataset
 from model.errors import InputError
 from model.LMConfig import PRESETS
 from model.loading import find_weights, load_model, load_tokenizer, missing
 from model.model_minimind import MiniMindForCausalLM, positions_from_mask, shifted_targets, visible_keys
-from trainer.distributed import local_main_first
 from trainer.flags import COUNT, common_parser, number
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
     MicroBatch,
     count_steps,
     evaluate,
+    expert_meters,
     is_due,
     learning_rate_at,
-    peak_expert_load,
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save, weights_file_hash
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
 
@@ -135,14 +133,6 @@ def check_same_vocabulary(
         )
 
 
-def hash_of(path: Path) -> str:
-    """The hash of a .pth, or of what makes a transformers folder the model that it is."""
-    if path.is_file():
-        return file_hash(path)
-    files = sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
-    return hashlib.blake2b("".join(map(file_hash, files)).encode(), digest_size=16).hexdigest()
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(
         __doc__, data="sft_mini_512.jsonl", from_weight="pretrain", epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
@@ -175,15 +165,14 @@ def main(args: argparse.Namespace) -> None:
     student = build_model(args, tokenizer, run)
     teacher, teacher_path = load_teacher(args, run)
     check_same_vocabulary(teacher, teacher_path, student, tokenizer)
-    run.settings = {"--alpha": args.alpha, "--temperature": args.temperature, "teacher hash": hash_of(teacher_path)}
+    run.settings = {
+        "--alpha": args.alpha,
+        "--temperature": args.temperature,
+        "teacher hash": weights_file_hash(teacher_path),
+    }
 
     # 3. Data: packed rows of whole conversations, labels on the answers
-    train_path, val_path = resolve_data(args, "sft_mini_512.jsonl", "sft.jsonl")
-    with local_main_first():
-        train_set, val_set = (
-            path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
-            for path in (train_path, val_path)
-        )
+    train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", tokenizer, run)
     total_steps = count_steps(train_set, run)
     run.describe(student, train_set, total_steps)
 
@@ -221,9 +210,7 @@ def main(args: argparse.Namespace) -> None:
             # 6. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
-                if output.expert_load is not None:
-                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
                 if evaluating and val_set:
                     meters |= evaluate(student, val_set, run, totals, step.number == total_steps, tokenizer)
                 run.log(step.number, meters)

@@ -36,22 +36,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.loading import find_weights, load_model, load_tokenizer, write_files
-from trainer.distributed import gather, local_main_first, rank, sum_over_ranks, world_size
+from trainer.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.flags import common_parser, number
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
     MicroBatch,
     count_steps,
     evaluate,
+    expert_meters,
     is_due,
     learning_rate_at,
     micro_batches,
-    peak_expert_load,
     set_learning_rate,
     split_rows,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save
 
 BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0}
 
@@ -193,12 +193,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args, tokenizer, run, args.max_seq_len // 2)
 
     # 3. Data: packed rows of pairs, labels on the two answers
-    train_path, val_path = resolve_data(args, "dpo.jsonl", "dpo.jsonl")
-    with local_main_first():
-        train_set, val_set = (
-            path and DPODataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
-            for path in (train_path, val_path)
-        )
+    train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", tokenizer, run)
     total_steps = count_steps(train_set, run)
     run.describe(model, train_set, total_steps)
 
@@ -242,9 +237,7 @@ def main(args: argparse.Namespace) -> None:
             # 7. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                told = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
-                if output.expert_load is not None:
-                    told["peak_expert_load"] = peak_expert_load(output.expert_load)
+                told = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
                 if evaluating and val_set:
                     told |= evaluate(model, val_set, run, partial(held_out, args=args), step.number == total_steps)
                 run.log(step.number, told)

@@ -25,25 +25,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import SFTDataset, file_hash
+from dataset.lm_dataset import SFTDataset
 from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
 from model.loading import TRAINED_BY, find_weights, load_tokenizer
 from model.model_lora import DEFAULT_RANK, DEFAULT_TARGETS, attach, save_lora, target_names
-from trainer.distributed import local_main_first, world_size
+from trainer.distributed import world_size
 from trainer.flags import COUNT, ROOT, common_parser, number
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
     MicroBatch,
     count_steps,
     evaluate,
+    expert_meters,
     is_due,
     learning_rate_at,
-    peak_expert_load,
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save, weights_file_hash
 
 EMBEDDED = ("lora_identity", "lora_medical")  # adapters that dataset/demo/ has data for
 MIN_STEPS = 20  # of an epoch
@@ -97,8 +97,7 @@ def base_of(args: argparse.Namespace, config: MiniMindConfig, run: Run) -> tuple
     path = find_weights(args.out_dir, args.from_weight, hidden_size=config.hidden_size, use_moe=config.use_moe)
     if run.checkpoint and not path.exists():
         return path, run.checkpoint["identity"]["hash of the base weights"]
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return path, " ".join(map(file_hash, files))
+    return path, weights_file_hash(path)
 
 
 def take_small_steps(run: Run, rows: int) -> None:
@@ -129,12 +128,7 @@ def main(args: argparse.Namespace) -> None:
     write = partial(save_lora, base={"name": base.name, "hash": base_hash})
 
     # 3. Data: packed rows of whole conversations, labels on the answers
-    train_path, val_path = resolve_data(args, f"{args.lora_name}.jsonl", f"{args.lora_name}.jsonl")
-    with local_main_first():
-        train_set, val_set = (
-            path and SFTDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
-            for path in (train_path, val_path)
-        )
+    train_set, val_set = open_data(SFTDataset, f"{args.lora_name}.jsonl", f"{args.lora_name}.jsonl", tokenizer, run)
     if free:
         take_small_steps(run, len(train_set))
     total_steps = count_steps(train_set, run)
@@ -166,9 +160,7 @@ def main(args: argparse.Namespace) -> None:
             # 6. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
-                if output.expert_load is not None:
-                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
                 if evaluating and val_set:
                     meters |= evaluate(model, val_set, run, answer_loss, step.number == total_steps, tokenizer)
                 run.log(step.number, meters)

@@ -21,20 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import PretrainDataset
 from model.loading import load_tokenizer
-from trainer.distributed import local_main_first
 from trainer.flags import common_parser
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
     MicroBatch,
     count_steps,
     evaluate,
+    expert_meters,
     is_due,
     learning_rate_at,
-    peak_expert_load,
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, resolve_data, run_training, save
+from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save
 
 
 def next_token_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -58,12 +57,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args, tokenizer, run)
 
     # 3. Data: packed rows
-    train_path, val_path = resolve_data(args, "pretrain_hq.jsonl", "pretrain.jsonl")
-    with local_main_first():
-        train_set, val_set = (
-            path and PretrainDataset(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed)
-            for path in (train_path, val_path)
-        )
+    train_set, val_set = open_data(PretrainDataset, "pretrain_hq.jsonl", "pretrain.jsonl", tokenizer, run)
     total_steps = count_steps(train_set, run)
     run.describe(model, train_set, total_steps)
 
@@ -95,9 +89,7 @@ def main(args: argparse.Namespace) -> None:
             # 6. Evaluate, log, save: what a checkpoint holds has been told
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)}
-                if output.expert_load is not None:
-                    meters["peak_expert_load"] = peak_expert_load(output.expert_load)
+                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
                 if evaluating and val_set:
                     meters |= evaluate(model, val_set, run, next_token_loss, step.number == total_steps, tokenizer)
                 run.log(step.number, meters)

@@ -1,6 +1,7 @@
 """Plumbing of the training scripts: a run from its flags to its last save. Never an algorithm."""
 
 import argparse
+import hashlib
 import math
 import os
 import random
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import PackedDataset
+from dataset.lm_dataset import PackedDataset, file_hash
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import MiniMindConfig
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer, save_weights, weights_path
@@ -38,6 +39,7 @@ from trainer.distributed import (
     gather,
     is_lost_peer,
     launched_rank,
+    local_main_first,
     local_rank,
     local_world_size,
     rank,
@@ -443,6 +445,14 @@ def save(engine: Engine, run: Run, train_set: PackedDataset, write: Callable = s
     return run.weights
 
 
+def weights_file_hash(path: Path) -> str:
+    """The hash of a .pth, or of what makes a transformers folder the model that it is."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
+    return hashlib.blake2b("".join(map(file_hash, files)).encode(), digest_size=16).hexdigest()
+
+
 def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) -> tuple[Path, Path | None]:
     """The training file and the held-out file (or None): the flags', else dataset/<default>, else the embedded data."""
     train = args.data_path or ROOT / "dataset" / default_name
@@ -453,3 +463,16 @@ def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) ->
         print(f"dataset/{default_name} is not there: training on the embedded data, {train}")
     held_out = train.with_name(f"{train.stem}_val{train.suffix}")
     return train, args.val_path or (held_out if held_out.exists() else None)
+
+
+def open_data(
+    kind: Callable[..., PackedDataset], default_name: str, demo_name: str, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and held-out rows of resolve_data's files, tokenised by one process of each machine."""
+    args = run.args
+    paths = resolve_data(args, default_name, demo_name)
+    with local_main_first():
+        train_set, val_set = (
+            path and kind(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed) for path in paths
+        )
+    return train_set, val_set
