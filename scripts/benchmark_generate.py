@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
@@ -129,13 +130,15 @@ def run_generate(model, prompts: list[list[int]], new_tokens: int, natural: bool
 
 def run_llama_cpp(llama, prompts: list[list[int]], new_tokens: int, natural: bool) -> Run:
     """llama.cpp through llama-cpp-python, one prompt."""
+    from llama_cpp import llama_get_logits_ith
+
     (prompt,) = prompts
-    end, reply = llama.token_eos(), []
+    end, size, reply = llama.token_eos(), llama.n_vocab(), []
     llama.reset()
     began = time.perf_counter()
     llama.eval(prompt)
     while True:
-        reply.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        reply.append(int(np.ctypeslib.as_array(llama_get_logits_ith(llama.ctx, -1), (size,)).argmax()))
         if len(reply) == 1:
             read = time.perf_counter()
         if len(reply) == new_tokens or (natural and reply[-1] == end):

@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
 from trainer.devices import pick_dtype
 from trainer.engine import Engine
+from trainer.flags import ROOT
 from trainer.run_log import RunLog
 from trainer.steps import count_steps, evaluate, learning_rate_at, split_rows, training_steps
 from trainer.trainer_utils import Run, build_model
@@ -652,3 +656,24 @@ def test_automatic_dtype_on_a_cpu(cpuinfo, fast, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
     assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
     assert pick_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+FAULTS = """
+import resource, torch
+{setting}
+for i in range(20):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_of_freed_tensors_is_kept_on_a_cpu():
+    def faults(setting):
+        command = [sys.executable, "-c", FAULTS.format(setting=setting)]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("") > 1000  # what is left out without the setting
+    assert faults("from trainer.devices import pick_device; pick_device('cpu')") < 100

@@ -1,12 +1,16 @@
 """Which device and which precision a script computes on."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from model.errors import UsageError
 from trainer.distributed import local_rank
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -24,7 +28,20 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next tensors: given back, every page of it faults in anew.
+
+    That costs a training step 4 to 8% of its time. For glibc; a library without these settings stays as it is.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
