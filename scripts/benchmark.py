@@ -10,7 +10,8 @@
 tokens/s       real tokens: padding is never counted.
 matmul share   time of the model's own matrix products / time of the step. The products (of each linear layer forward
                and twice backward, the head over its targets alone, Q K^T and P V over whole rows) are each timed alone
-               at the step's shapes and precision. Norms, softmax, data, the optimizer with its products: overhead.
+               at the step's shapes and precision, once for every step that is timed, and the share is the median of
+               these rounds. Norms, softmax, data, the optimizer with its products: overhead.
 MFU            flops of those products / (time of the step * the machine's peak): the published bfloat16 peak of the
                GPU, or the best rate that any product reached here, where none is known.
 memory         the most that was allocated at once in a step, weights and optimizer included.
@@ -223,12 +224,12 @@ class Trainer:
         places = self.batch_size * self.args.max_seq_len * self.accumulation
         return Step(time.perf_counter() - began, tokens, places, targets)
 
-    def warm_up(self) -> None:
-        """Steps that are not counted; the first one holds the compiling."""
+    def warm_up(self) -> Step:
+        """Steps that are not counted; the first one holds the compiling. Returns the last."""
         began = time.perf_counter()
-        for _ in range(self.args.warmup):
-            self.step()
+        steps = [self.step() for _ in range(self.args.warmup)]
         self.warm_seconds = time.perf_counter() - began
+        return steps[-1]
 
     def peak_memory(self) -> int:
         """The most bytes that were allocated at once in a step, with the weights and the optimizer's numbers."""
@@ -321,7 +322,7 @@ def model_products(config: MiniMindConfig, rows: int, length: int, targets: int)
     return products
 
 
-def time_product(product: Product, dtype: torch.dtype, device: torch.device, repeats: int = 7) -> float:
+def time_product(product: Product, dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
     """Median seconds of a product alone, warm, into memory that is there."""
     batch, n, k, m, layout = product
     a = torch.randn(batch, *((k, n) if layout[0] == "t" else (n, k)), dtype=dtype, device=device)
@@ -340,20 +341,38 @@ def time_product(product: Product, dtype: torch.dtype, device: torch.device, rep
     return statistics.median(seconds)
 
 
-def roofline(trainer: Trainer, targets: int) -> tuple[float, float, float]:
-    """Seconds and flops of the products of a whole step with so many targets, and the best rate among them (flop/s)."""
-    products = model_products(
-        trainer.config, trainer.batch_size, trainer.args.max_seq_len, max(targets // trainer.accumulation, 1)
-    )
-    with torch.no_grad():
-        alone = {product: time_product(product, trainer.dtype, trainer.device) for product in products}
-        size = PEAK_SIZE.get(trainer.device.type, 2048)
-        square = Product(1, size, size, size, "nn")
-        best = max(square.flops / time_product(square, trainer.dtype, trainer.device, repeats=3),
-                   *(product.flops / seconds for product, seconds in alone.items()))  # fmt: skip
-    seconds = sum(alone[product] * times for product, times in products.items())
-    flops = sum(product.flops * times for product, times in products.items())
-    return seconds * trainer.accumulation, flops * trainer.accumulation, best
+class Roofline:
+    """The products of a step with so many targets, each timed alone in every round, as the step is."""
+
+    def __init__(self, trainer: Trainer, targets: int) -> None:
+        self.dtype, self.device, accumulation = trainer.dtype, trainer.device, trainer.accumulation
+        products = model_products(
+            trainer.config, trainer.batch_size, trainer.args.max_seq_len, max(targets // accumulation, 1)
+        )
+        self.counts = Counter({product: times * accumulation for product, times in products.items()})
+        size = PEAK_SIZE.get(self.device.type, 2048)
+        self.square = Product(1, size, size, size, "nn")
+        self.rounds: list[dict[Product, float]] = []
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """One more round."""
+        products = [*self.counts, self.square]
+        self.rounds.append({product: time_product(product, self.dtype, self.device) for product in products})
+
+    @property
+    def flops(self) -> int:
+        return sum(product.flops * times for product, times in self.counts.items())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all products of a step, round by round."""
+        return [sum(alone[product] * times for product, times in self.counts.items()) for alone in self.rounds]
+
+    @property
+    def best_rate(self) -> float:
+        """The most flop/s that one of the products reached."""
+        return max(product.flops / seconds for alone in self.rounds for product, seconds in alone.items())
 
 
 def published_peak(device: torch.device) -> float | None:
@@ -367,21 +386,21 @@ def published_peak(device: torch.device) -> float | None:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def figures(trainer: Trainer, steps: list[Step]) -> dict[str, float]:
+def figures(trainer: Trainer, steps: list[Step], roofline: Roofline) -> dict[str, float]:
     """All that is reported of one setting."""
     seconds = statistics.median(step.seconds for step in steps)
     places, tokens = sum(step.places for step in steps), sum(step.tokens for step in steps)
-    matmul_seconds, flops, best = roofline(trainer, sum(step.targets for step in steps) // len(steps))
-    peak = published_peak(trainer.device) or best
+    shares = [products / step.seconds for products, step in zip(roofline.seconds, steps, strict=True)]
+    peak = published_peak(trainer.device) or roofline.best_rate
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "active_parameters": active_parameters(trainer.model),
         "tokens_per_s": statistics.median(step.rate for step in steps),
         "padding_share": 1 - tokens / places,
         "step_s": seconds,
-        "matmul_s": matmul_seconds,
-        "matmul_share": matmul_seconds / seconds,
-        "mfu": flops / seconds / peak,
+        "matmul_s": statistics.median(roofline.seconds),
+        "matmul_share": statistics.median(shares),
+        "mfu": roofline.flops / seconds / peak,
         "peak_tflops": peak / 1e12,
         "peak_memory_mb": trainer.peak_memory() / 2**20,
         "warmup_s": trainer.warm_seconds,
@@ -423,17 +442,18 @@ def main(args: argparse.Namespace) -> None:
 def benchmark_train(args: argparse.Namespace) -> None:
     # 1. Build the settings and warm them up
     trainers = [Trainer(each) for each in (args, args.other) if each is not None]
-    for trainer in trainers:
-        trainer.warm_up()
+    rooflines = [Roofline(trainer, trainer.warm_up().targets) for trainer in trainers]
 
-    # 2. Time them, step by step in turn: what else the machine does meets both
+    # 2. Time steps and products in turn: what else the machine does meets them all
     steps: list[list[Step]] = [[] for _ in trainers]
     for _ in range(args.steps):
         for trainer, own in zip(trainers, steps, strict=True):
             own.append(trainer.step())
+        for roofline in rooflines:
+            roofline.measure()
 
     # 3. Report
-    columns = [figures(trainer, own) for trainer, own in zip(trainers, steps, strict=True)]
+    columns = [figures(*each) for each in zip(trainers, steps, rooflines, strict=True)]
     print_table(columns)
     report = {"torch": torch.__version__, "device": str(trainers[0].device), "threads": torch.get_num_threads()}
     report |= {"settings": [settings(trainer.args) for trainer in trainers], "figures": columns}
