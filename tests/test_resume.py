@@ -355,6 +355,23 @@ def test_verify_resume_tells_a_good_resume_from_a_broken_one(hook, home, tmp_pat
     assert not (tmp_path / "untouched").exists()
 
 
+def test_verify_resume_starts_from_the_weights_of_a_stage(home, tmp_path, monkeypatch, capsys):
+    """Even from those that its own runs replace: both runs of it start from the same ones, and these stay."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for suffix in (".pth", ".json"):
+        shutil.copy((home / "start.pth").with_suffix(suffix), mine / f"{NAME}{suffix}")
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    flags = [*TINY, f"--data_path={home / 'texts.jsonl'}", "--from_weight=pretrain", f"--out_dir={mine}"]
+    flags += ["--verify_resume", "--max_steps=4", "--batch_size=4"]
+    monkeypatch.setattr(sys, "argv", ["trainer/train_pretrain.py", *flags])
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: Forked(tmp_path, None, command))
+    monkeypatch.setattr(random.Random, "sample", lambda *_: [3])
+    train_pretrain.run_training(lambda: train_pretrain.parse_args(flags), train_pretrain.main)
+    assert "resume is exact: after 1 kills" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
 def test_verify_resume_is_for_one_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "0")
     args = train_pretrain.parse_args(["--verify_resume", f"--out_dir={tmp_path}"])

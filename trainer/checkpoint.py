@@ -130,6 +130,7 @@ def verify_resume(args: argparse.Namespace) -> None:
     """--verify_resume: the run of this command line, once in peace and once killed at random moments and resumed.
 
     Compares weights, optimizer and place bit by bit. Works in a temporary folder, for --max_steps (default: 12) steps.
+    The weights of --out_dir can be started from there too.
     """
     if "RANK" in os.environ:
         raise UsageError("--verify_resume starts and kills processes itself: start it with python, not with a launcher")
@@ -139,10 +140,12 @@ def verify_resume(args: argparse.Namespace) -> None:
         flags += [f"--max_steps={steps}", "--save_interval=2", "--log_interval=1", f"--out_dir={folder}"]
         command = [sys.executable, sys.argv[0], *flags]
         print(f"{steps} steps in peace", flush=True)
+        link_weights(args.out_dir, Path(folder))
         pace = run_until(command, None)
         expected = read_whole(Path(folder))
         for path in (Path(folder) / "checkpoints").iterdir():
             path.unlink()
+        link_weights(args.out_dir, Path(folder))
         print("the same again, killed and resumed", flush=True)
         command += ["--from_resume=1"]
         kills = 0
@@ -155,6 +158,14 @@ def verify_resume(args: argparse.Namespace) -> None:
             run_until(command, None)
         same_bits(expected, read_whole(Path(folder)))
     print(f"resume is exact: after {kills} kills every weight and every number of the optimizer has the same bits")
+
+
+def link_weights(source: Path, folder: Path) -> None:
+    """Links in the folder to the weights of another, in place of what a run wrote there under their names."""
+    for path in [*source.glob("*.pth"), *source.glob("*.json")]:
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
 
 
 def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> float | None:
@@ -179,7 +190,8 @@ def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> 
 def read_whole(out_dir: Path) -> dict[str, Any]:
     """Weights and checkpoint of the one run in out_dir, in memory."""
     (checkpoint,) = (out_dir / "checkpoints").glob("*_resume.pth")
-    (weights,) = (path for path in out_dir.rglob("*.pth") if path != checkpoint)  # those of an adapter are in lora/
+    written = (path for path in out_dir.rglob("*.pth") if not path.is_symlink())
+    (weights,) = (path for path in written if path != checkpoint)  # those of an adapter are in lora/
     content = torch.load(checkpoint, weights_only=True)
     del content["place"]["elapsed_s"]
     return {"weights in half precision": torch.load(weights, weights_only=True), **content}
