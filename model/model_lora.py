@@ -48,7 +48,7 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.A(x)) * (self.alpha / self.rank)
+        return self.B(self.A(x) * (self.alpha / self.rank))  # scaled where it is narrow
 
     def product(self) -> Tensor:
         """(alpha / r) B A in float32: (out, in)."""
@@ -69,7 +69,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y if self.original is not None else y + self.lora(x)
+        return y if self.original is not None else y.add_(self.lora(x))
 
     @torch.no_grad()
     def merge(self) -> None:
