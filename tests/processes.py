@@ -274,8 +274,8 @@ def measure_memory(path):
     def resident(name):
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-    def check(model, run):
-        fixed, per_row = memory.estimate_memory(model, run)
+    def check(model, run, *more):
+        fixed, per_row = memory.estimate_memory(model, run, *more)
         told.update(estimate=fixed + per_row * run.batch_size, before=resident("VmRSS"))
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 

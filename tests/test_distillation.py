@@ -16,7 +16,7 @@ from model.loading import load_model, load_tokenizer, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distillation, train_full_sft
 from trainer.steps import MODEL_INPUTS, MicroBatch
-from trainer.train_distillation import distillation_loss, losses_at_targets, teach
+from trainer.train_distillation import distillation_loss, find_targets, losses_at_targets, teach
 from trainer.trainer_utils import build_model
 
 SEQ = 160
@@ -189,12 +189,13 @@ def test_a_packed_row_has_the_loss_of_its_documents_alone(kind, chunk, home, tok
     assert any((row["attention_mask"] == 0).any() for row in rows[:-1])
     batch = batch_of(rows)
     with mock.patch.object(train_distillation, "CHUNK", chunk):
-        output = student(batch.inputs["input_ids"], batch.inputs["attention_mask"]).logits
-        losses, ce, kl = losses_at_targets(output, teach(teacher, batch), batch, 0.3, 2.0)
+        found, ids, mask = find_targets(batch), batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        logits = student(ids, mask, logits_to_keep=found.sources).logits
+        losses, ce, kl = losses_at_targets(logits, teach(teacher, batch, found), found, 0.3, 2.0)
         grads = torch.autograd.grad(losses.sum(), list(student.parameters()))
-    targets = batch.inputs["labels"] != -100
+    wanted = batch.inputs["labels"] != -100
     for values in (losses, ce, kl):
-        assert values.shape == targets.shape and ((values != 0) == targets).all()
+        assert values.shape == wanted.shape and ((values != 0) == wanted).all()
     expected = [by_document(student, teacher, row, 0.3, 2.0) for row in rows[:-1]]
     sums = losses.sum(-1)
     torch.testing.assert_close(sums[:-1].double(), torch.stack(expected), rtol=2e-6, atol=0)
@@ -208,12 +209,13 @@ def test_no_float32_copy_of_all_targets_is_kept(home, tokenizer):
     """For a model in bfloat16; the backward pass makes one chunk after the other."""
     packed = dataset(home, tokenizer)
     batch = batch_of([packed[i] for i in range(4)])
-    shape = (*batch.inputs["labels"].shape, 6400)
+    targets = find_targets(batch)
+    shape = (len(targets.ids), 6400)
     student, teacher = (torch.randn(shape).bfloat16() for _ in range(2))
     student.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        losses, _, _ = losses_at_targets(student, teacher, batch, 0.5, 2.0)
+        losses, _, _ = losses_at_targets(student, teacher, targets, 0.5, 2.0)
     assert not [x.shape for x in kept if x.dtype == torch.float32 and x.numel() > 6400]
     losses.sum().backward()
     assert student.grad.isfinite().all() and student.grad.any()
@@ -229,7 +231,8 @@ def test_the_teacher_is_in_eval_mode_and_gets_no_gradient(home, tokenizer, tmp_p
     assert found == path and not any(p.requires_grad for p in teacher.parameters())
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
     batch = batch_of([dataset(home, tokenizer)[0]])
-    assert torch.equal(teach(teacher, batch), teach(teacher, batch))
+    targets = find_targets(batch)
+    assert torch.equal(teach(teacher, batch, targets), teach(teacher, batch, targets))
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

@@ -11,6 +11,7 @@ from processes import Training, measure_memory
 
 from model.errors import run_script
 from model.LMConfig import MiniMindConfig
+from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import memory, train_pretrain
 from trainer.trainer_utils import Run
@@ -31,12 +32,32 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
-@pytest.mark.parametrize("more", [["--batch_size=64"], ["--batch_size=16"], ["--batch_size=16", "--use_moe"]])
-def test_estimate_is_near_the_peak_of_a_step(more, data, tmp_path):
+@pytest.mark.parametrize(
+    "stage, more",
+    [
+        ("pretrain", ["--batch_size=64"]),
+        ("pretrain", ["--batch_size=16"]),
+        ("pretrain", ["--batch_size=16", "--use_moe"]),
+        ("lora", ["--batch_size=24", "--lora_targets=all"]),
+        ("distillation", ["--batch_size=16", "--teacher=full_sft", "--teacher_hidden_size=128"]),
+    ],
+)
+def test_estimate_is_near_the_peak_of_a_step(stage, more, data, tmp_path):
     flags = [*CPU, "--hidden_size=128", "--num_hidden_layers=4", "--max_seq_len=256", "--max_steps=2"]
-    flags += [f"--data_path={data}", f"--out_dir={tmp_path}", "--accumulation_steps=1", *more]
+    flags += [f"--out_dir={tmp_path}", "--accumulation_steps=1", *more]
+    if stage == "pretrain":
+        flags.append(f"--data_path={data}")
+    else:
+        save_weights(
+            MiniMindForCausalLM(MiniMindConfig(hidden_size=128, num_hidden_layers=4)), tmp_path / "full_sft_128.pth",
+            stage="full_sft", tokens_seen=0, data_path="x", data_hash="h", trained_length=256,
+        )  # fmt: skip
+        turns = [("user", "tell"), ("assistant", "the quick brown fox " * 55)]
+        row = {"conversations": [{"role": role, "content": content} for role, content in turns]}
+        (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 60)
+        flags += [f"--data_path={tmp_path / 'chats.jsonl'}", "--from_weight=full_sft"]
     path = tmp_path / "memory.json"
-    run = Training("pretrain", flags, tmp_path / "run", hook=(measure_memory, path))
+    run = Training(stage, flags, tmp_path / "run", hook=(measure_memory, path))
     assert run.wait() == [0], run.err()
     estimate, measured = json.loads(path.read_text())
     assert measured > 100 * 2**20

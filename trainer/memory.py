@@ -36,11 +36,12 @@ def saved_bytes(model: nn.Module, run, tokens: int) -> int:
     return total
 
 
-def estimate_memory(model: nn.Module, run) -> tuple[float, float]:
+def estimate_memory(model: nn.Module, run, whole_logits: int = 0) -> tuple[float, float]:
     """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
 
     Gradients and optimizer state are float32 like the weights, which are there already: Muon keeps one number a trained
-    weight beside the gradient, AdamW two.
+    weight beside the gradient, AdamW two. whole_logits: how many times as many numbers as all logits of the targets a
+    loss holds at once; most hold those of a chunk alone.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = 4 * parameters * (2 if run.args.optimizer == "muon" else 3)
@@ -50,6 +51,7 @@ def estimate_memory(model: nn.Module, run) -> tuple[float, float]:
     backward = per_token / model.config.num_hidden_layers  # gradients of a layer, beside what all layers have kept
     length = run.args.max_seq_len
     per_row = (per_token + backward) * length + length**2  # and the boolean mask
+    per_row += whole_logits * length * model.config.vocab_size * run.dtype.itemsize
     return fixed + short - per_token * PROBE_TOKENS, per_row
 
 
@@ -68,9 +70,9 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def check_memory(model: nn.Module, run) -> None:
+def check_memory(model: nn.Module, run, whole_logits: int = 0) -> None:
     """Print the estimate; InputError, with the batch size that would do, where the free memory cannot hold it."""
-    fixed, per_row = estimate_memory(model, run)
+    fixed, per_row = estimate_memory(model, run, whole_logits)
     needed, free = fixed + per_row * run.batch_size, free_memory(run.device)
     share = local_world_size() if run.device.type == "cpu" else 1  # processes of this machine share its memory
     known = "" if free is None else f" of {free / 2**30:.1f} GB free"

@@ -19,6 +19,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ from trainer.steps import (
 from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save, weights_file_hash
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
+WHOLE_LOGITS = 5  # the student's, the teacher's, the gradient in chunks and joined; what a chunk takes beside these
 
 
 def distillation_loss(
@@ -61,43 +63,58 @@ def distillation_loss(
     return alpha * ce + (1 - alpha) * tau**2 * kl, ce, kl
 
 
-def losses_at_targets(
-    student_logits: Tensor, teacher_logits: Tensor, batch: MicroBatch, alpha: float, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """distillation_loss where labels are not -100, 0 elsewhere: logits (B, T, V) -> three of (B, T).
+class Targets(NamedTuple):
+    """The N tokens that a batch teaches, in the order of its rows."""
 
-    Only the targets' logits are taken, and these in chunks: float32 probabilities of a chunk are computed again in the
-    backward pass, so that none of size N times V is ever kept.
+    ids: Tensor  # (N,)
+    places: Tensor  # (N,), flat: where they stand
+    sources: Tensor  # (B, T), True at the N places that predict them: only their logits are ever computed
+
+
+def find_targets(batch: MicroBatch) -> Targets:
+    """The tokens whose label is not -100."""
+    mask = batch.inputs["attention_mask"]
+    ids, source = (x.flatten() for x in shifted_targets(batch.inputs["labels"], mask))
+    places = (ids >= 0).nonzero()[:, 0]
+    sources = torch.zeros_like(ids, dtype=torch.bool).index_fill_(0, source[places], True)
+    return Targets(ids[places], places, sources.view(mask.shape))
+
+
+def losses_at_targets(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Targets, alpha: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """distillation_loss at each target, 0 elsewhere: logits (N, V) -> three of (B, T).
+
+    In chunks, whose float32 probabilities are computed again in the backward pass: those of all N are never kept.
     """
-    labels = batch.inputs["labels"]
-    targets, source = (x.flatten() for x in shifted_targets(labels, batch.inputs["attention_mask"]))
-    places = (targets >= 0).nonzero()[:, 0]  # (N,)
-    picked = (x.flatten(0, 1).index_select(0, source[places]) for x in (student_logits, teacher_logits))  # (N, V)
-    chunks = zip(*(x.split(CHUNK) for x in (*picked, targets[places])), strict=True)
+    chunks = zip(*(x.split(CHUNK) for x in (student_logits, teacher_logits, targets.ids)), strict=True)
     losses = [
         checkpoint(distillation_loss, *chunk, alpha, tau, use_reentrant=False, preserve_rng_state=False)
         for chunk in chunks
     ]
     whole = (torch.cat(parts) for parts in zip(*losses, strict=True))  # three of (N,)
-    return tuple(x.new_zeros(labels.numel()).index_copy(0, places, x).view(labels.shape) for x in whole)
+    shape = targets.sources.shape
+    return tuple(x.new_zeros(shape).view(-1).index_copy(0, targets.places, x).view(shape) for x in whole)
 
 
-@torch.inference_mode()
-def teach(teacher: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """The teacher's logits on packed rows, in which no document sees another: (B, T) -> (B, T, V)."""
+@torch.no_grad()
+def teach(teacher: PreTrainedModel, batch: MicroBatch, targets: Targets) -> Tensor:
+    """The teacher's logits for each target, on packed rows in which no document sees another: (N, V)."""
     input_ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     if isinstance(teacher, MiniMindForCausalLM):
-        return teacher(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        return teacher(input_ids, mask, use_cache=False, logits_to_keep=targets.sources).logits
     # Other classes take a mask for padding alone: they are told who sees whom, (B, 1, T, T), and where each one stands.
     visible, positions = visible_keys(mask, mask.shape[1]), positions_from_mask(mask)
-    return teacher(input_ids=input_ids, attention_mask=visible, position_ids=positions, use_cache=False).logits
+    output = teacher(input_ids=input_ids, attention_mask=visible, position_ids=positions, use_cache=False)
+    return output.logits[targets.sources]
 
 
 def held_out(teacher: PreTrainedModel, alpha: float, tau: float, model: torch.nn.Module, batch: MicroBatch) -> dict:
     """The sums of a held-out batch: loss, CE and KL."""
+    targets = find_targets(batch)
     inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-    student_logits = model(**inputs, use_cache=False).logits
-    losses = losses_at_targets(student_logits, teach(teacher, batch), batch, alpha, tau)
+    student_logits = model(**inputs, use_cache=False, logits_to_keep=targets.sources).logits
+    losses = losses_at_targets(student_logits, teach(teacher, batch, targets), targets, alpha, tau)
     return {name: x.sum() for name, x in zip(("loss", "ce", "kl"), losses, strict=True)}
 
 
@@ -174,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
     # 3. Data: packed rows of whole conversations, labels on the answers
     train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", tokenizer, run)
     total_steps = count_steps(train_set, run)
-    run.describe(student, train_set, total_steps)
+    run.describe(student, train_set, total_steps, WHOLE_LOGITS)
 
     # 4. Optimizer; the engine replicates the student over the processes of the launch
     optimizer = build_optimizer(student, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
@@ -189,12 +206,14 @@ def main(args: argparse.Namespace) -> None:
             set_learning_rate(optimizer, learning_rate)
 
             for batch in step.batches:
+                targets = find_targets(batch)
+                inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
                 with run.autocast():
-                    teacher_logits = teach(teacher, batch)  # (B, T, V)
+                    teacher_logits = teach(teacher, batch, targets)  # (N, V)
                 with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
+                    output = engine(**inputs, logits_to_keep=targets.sources)
                     losses, ce, kl = losses_at_targets(
-                        output.logits, teacher_logits, batch, args.alpha, args.temperature
+                        output.logits, teacher_logits, targets, args.alpha, args.temperature
                     )
                     loss = losses.sum() / step.targets
                     run.add(batch, losses, step.targets, ce=ce.sum(), kl=kl.sum())

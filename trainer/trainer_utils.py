@@ -108,8 +108,11 @@ class Run:
         """The context for forward passes: matrix products in self.dtype, weights stay float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def describe(self, model: nn.Module, train_set: PackedDataset, total_steps: int) -> None:
-        """Print the arithmetic of the run before its first step, and end it here if it cannot fit into memory."""
+    def describe(self, model: nn.Module, train_set: PackedDataset, total_steps: int, whole_logits: int = 0) -> None:
+        """Print the arithmetic of the run before its first step, and end it here if it cannot fit into memory.
+
+        whole_logits: see trainer/memory.py.
+        """
         args, parameters = self.args, sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = f", {trained / 1e6:.2f}M of them trained," if trained < parameters else ""
@@ -129,7 +132,7 @@ class Run:
         )
         if args.deepspeed is None:
             with self.told_memory():
-                check_memory(model, self)
+                check_memory(model, self, whole_logits)
 
     def begin(self, engine: Engine, train_set: PackedDataset, total_steps: int) -> None:
         """Restore what --from_resume found, open the log: the last thing before the first step."""
