@@ -1,7 +1,7 @@
 """Weights of this project as a transformers folder of a class that other programs know, and back.
 
     python scripts/convert_model.py out/full_sft_512.pth exported/       dense: Llama; a mixture: GraniteMoeShared
-    python scripts/convert_model.py exported/ out/full_sft_512.pth       a folder of a Llama or of MiniMind's own: .pth
+    python scripts/convert_model.py exported/ out/full_sft_512.pth       back, of these classes or MiniMind's own
     python scripts/convert_model.py out/full_sft_512.pth exported/ --lora_name lora_identity   an adapter merged in
     python scripts/convert_model.py out/full_sft_512.pth adapter/ --lora_name lora_identity --peft   it alone
 
@@ -13,12 +13,14 @@ loaded again and its logits are compared before it is called done.
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,13 +36,18 @@ from transformers import (
 from dataset.lm_dataset import file_hash
 from model.decoder import own_config
 from model.errors import InputError, UsageError, run_script
-from model.LMConfig import PRESETS
+from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer, save_weights
 from model.model_lora import export_peft, find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flags import SWITCH
 
 TOLERANCE = 1e-4  # of logits in float32
+SHARED_FIELDS = (  # of the configs of Llama, Granite and MiniMind
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,13 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sizes(config) -> dict:
-    """The config fields that Llama, Granite and MiniMind share."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-    names += ("bos_token_id", "eos_token_id", "pad_token_id")
+def sizes(config: MiniMindConfig) -> dict:
+    """The sizes of a model in the words of Llama and Granite."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {name: getattr(config, name) for name in names} | {"rope_parameters": rope}
+    return {name: getattr(config, name) for name in SHARED_FIELDS} | {"rope_parameters": rope}
 
 
 def to_llama(model: MiniMindForCausalLM) -> LlamaForCausalLM:
@@ -105,8 +109,53 @@ def to_granite(model: MiniMindForCausalLM) -> GraniteMoeSharedForCausalLM:
     return granite
 
 
-def gate_up(expert) -> torch.Tensor:
+def gate_up(expert) -> Tensor:
     return torch.cat((expert.gate_proj.weight, expert.up_proj.weight))
+
+
+def from_llama(model: PreTrainedModel, info: dict) -> MiniMindForCausalLM:
+    """A dense model, or one of MiniMind's own class."""
+    config = own_config(model.config)
+    config.original_max_position_embeddings = info.get("trained_length") or config.original_max_position_embeddings
+    own = MiniMindForCausalLM(config)
+    own.load_state_dict(model.state_dict())
+    return own
+
+
+def from_granite(granite: GraniteMoeSharedForCausalLM) -> MiniMindForCausalLM:
+    """to_granite backwards; InputError for one that scales or splits what MiniMind does not."""
+    theirs, width = granite.config, granite.config.intermediate_size
+    head_dim, rope = theirs.hidden_size // theirs.num_attention_heads, theirs.rope_parameters
+    scales = [theirs.attention_multiplier * math.sqrt(head_dim), theirs.logits_scaling]
+    scales += [theirs.embedding_multiplier, theirs.residual_multiplier]
+    plain = not theirs.attention_bias and theirs.tie_word_embeddings and rope["rope_type"] == "default"
+    if not plain or theirs.shared_intermediate_size % width or not all(math.isclose(scale, 1) for scale in scales):
+        raise InputError("this Granite has scales, biases or sizes that MiniMind has not: it cannot become a .pth")
+    config = MiniMindConfig(
+        **{name: getattr(theirs, name) for name in SHARED_FIELDS}, rope_theta=rope["rope_theta"], use_moe=True,
+        n_routed_experts=theirs.num_local_experts, num_experts_per_tok=theirs.num_experts_per_tok,
+        n_shared_experts=theirs.shared_intermediate_size // width,
+    )  # fmt: skip
+    state = granite.state_dict()
+    own = {name: x for name, x in state.items() if ".block_sparse_moe." not in name and ".shared_mlp." not in name}
+    for layer in (f"model.layers.{number}." for number in range(config.num_hidden_layers)):
+        routed, shared = layer + "block_sparse_moe.", layer + "shared_mlp."
+        own[layer + "mlp.gate.weight"] = state[routed + "router.weight"]
+        gate, up = state[routed + "experts.gate_up_proj"].chunk(2, dim=1)  # (E, inner, D)
+        own |= expert_weights(layer + "mlp.experts", gate, up, state[routed + "experts.down_proj"])
+        if config.n_shared_experts:
+            gate, up = (x.unflatten(0, (-1, width)) for x in state[shared + "input_linear.weight"].chunk(2))
+            down = state[shared + "output_linear.weight"].unflatten(1, (-1, width)).transpose(0, 1)  # (E, D, inner)
+            own |= expert_weights(layer + "mlp.shared_experts", gate, up, down)
+    model = MiniMindForCausalLM(config)
+    model.load_state_dict(own)
+    return model
+
+
+def expert_weights(prefix: str, gates: Tensor, ups: Tensor, downs: Tensor) -> dict[str, Tensor]:
+    """The weights of E networks by name: gates and ups (E, inner, D), downs (E, D, inner)."""
+    kinds = {"gate_proj": gates, "up_proj": ups, "down_proj": downs}
+    return {f"{prefix}.{i}.{kind}.weight": x for kind, stack in kinds.items() for i, x in enumerate(stack)}
 
 
 @torch.inference_mode()
@@ -152,19 +201,18 @@ def export(model: MiniMindForCausalLM, tokenizer_folder: Path, target: Path, dty
 
 def restore(model: PreTrainedModel, info: dict, source: Path, target: Path) -> float:
     """Write a .pth of a folder's weights -> how far its logits are from the folder's."""
-    if getattr(model.config, "model_type", None) not in ("llama", "minimind"):
+    must_be_free(target)
+    kind = model.config.model_type
+    if kind not in ("llama", "minimind", "granitemoeshared"):
         raise InputError(
-            f"{source} holds a {model.config.model_type} model: only Llama and MiniMind's own become a .pth"
+            f"{source} holds a {kind} model: only Llama, GraniteMoeShared and MiniMind's own become a .pth"
         )
-    config = own_config(model.config)
-    config.original_max_position_embeddings = info.get("trained_length") or config.original_max_position_embeddings
-    own = MiniMindForCausalLM(config).eval()
-    own.load_state_dict(model.state_dict())
+    own = (from_granite(model) if kind == "granitemoeshared" else from_llama(model, info)).eval()
     own.tie_weights()
     weights = next(iter(sorted(source.glob("*.safetensors"))), source / "config.json")
     save_weights(
-        own, target, stage=target.stem.rsplit("_", 1)[0], tokens_seen=0, data_path=source,
-        data_hash=file_hash(weights), trained_length=config.original_max_position_embeddings,
+        own, target, stage=re.sub(r"_\d+(_moe)?$", "", target.stem), tokens_seen=0, data_path=source,
+        data_hash=file_hash(weights), trained_length=own.config.original_max_position_embeddings,
     )  # fmt: skip
     return difference(model, load_model(target)[0])
 

@@ -54,16 +54,32 @@ def test_export_gives_the_same_logits_in_a_native_class(weights, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_there_and_back_gives_the_same_bits(tmp_path):
-    torch.manual_seed(2)
-    save_weights(
-        MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)), tmp_path / "a_64.pth", **KEYS
-    )
-    convert(tmp_path / "a_64.pth", tmp_path / "folder")
-    convert(tmp_path / "folder", tmp_path / "back_64.pth")
-    first, again = (torch.load(tmp_path / name, weights_only=True) for name in ("a_64.pth", "back_64.pth"))
+def test_there_and_back_gives_the_same_bits(weights, tmp_path):
+    convert(weights, tmp_path / "folder")
+    back = tmp_path / weights.name.replace("full_sft", "my_back")
+    convert(tmp_path / "folder", back)
+    first, again = (torch.load(path, weights_only=True) for path in (weights, back))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
-    assert load_model(tmp_path / "back_64.pth")[0].config.rope_theta == 1e6
+    ours, theirs = (load_model(path)[0].config.to_dict() for path in (weights, back))
+    lengths = "original_max_position_embeddings"  # a folder of another class does not tell it
+    assert {**ours, lengths: 0, "rope_scaling": 0} == {**theirs, lengths: 0, "rope_scaling": 0}
+    assert json.loads(back.with_suffix(".json").read_text())["stage"] == "my_back"
+    with pytest.raises(InputError, match="is there already"):
+        convert(tmp_path / "folder", back)
+
+
+def test_a_granite_that_computes_otherwise_is_refused(tmp_path):
+    torch.manual_seed(1)
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=1, **KINDS["mixture"])
+    save_weights(MiniMindForCausalLM(config), tmp_path / "a_64_moe.pth", **KEYS)
+    convert(tmp_path / "a_64_moe.pth", tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    exported = json.loads(path.read_text())
+    for change in ({"residual_multiplier": 0.5}, {"attention_multiplier": 1.0}, {"logits_scaling": 3.0}):
+        path.write_text(json.dumps(exported | change))
+        with pytest.raises(InputError, match=r"cannot become a \.pth"):
+            convert(tmp_path / "folder", tmp_path / "b_64_moe.pth")
+    assert not (tmp_path / "b_64_moe.pth").exists()
 
 
 def test_a_wrong_export_is_not_left_behind(weights, tmp_path, monkeypatch):
