@@ -564,7 +564,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | tuple[Tensor, Tensor] = 0,
         return_logits: bool = True,
         equal_weights: bool = True,
         num_items_in_batch: int | Tensor | None = None,
@@ -573,8 +573,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
 
-        logits_to_keep: logits of the last so many tokens only (0: of all), or those of the tokens that a mask (B, T)
-        marks, (N, V). return_logits=False: none, and the losses are computed without ever holding (B, T, V) float32
+        logits_to_keep: logits of the last so many tokens only (0: of all), or of N tokens by row and column, two of
+        (N,) -> (N, V). return_logits=False: none, and the losses are computed without ever holding (B, T, V) float32
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
         hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by. The
         other arguments are those of MiniMindModel.
@@ -592,8 +592,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            marked = isinstance(keep, Tensor) and keep.dim() == 2
-            logits = self.lm_head(hidden[keep] if marked else hidden[:, keep])
+            logits = self.lm_head(hidden[keep] if isinstance(keep, tuple) else hidden[:, keep])
         result = MiniMindOutput(
             loss=loss,
             logits=logits,

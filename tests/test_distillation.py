@@ -16,7 +16,7 @@ from model.loading import load_model, load_tokenizer, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distillation, train_full_sft
 from trainer.steps import MODEL_INPUTS, MicroBatch
-from trainer.train_distillation import distillation_loss, find_targets, losses_at_targets, teach
+from trainer.train_distillation import distillation_loss, find_targets, losses_at_targets, read, teach
 from trainer.trainer_utils import build_model
 
 SEQ = 160
@@ -189,8 +189,8 @@ def test_a_packed_row_has_the_loss_of_its_documents_alone(kind, chunk, home, tok
     assert any((row["attention_mask"] == 0).any() for row in rows[:-1])
     batch = batch_of(rows)
     with mock.patch.object(train_distillation, "CHUNK", chunk):
-        found, ids, mask = find_targets(batch), batch.inputs["input_ids"], batch.inputs["attention_mask"]
-        logits = student(ids, mask, logits_to_keep=found.sources).logits
+        found = find_targets(batch)
+        logits = read(student, batch, found).logits
         losses, ce, kl = losses_at_targets(logits, teach(teacher, batch, found), found, 0.3, 2.0)
         grads = torch.autograd.grad(losses.sum(), list(student.parameters()))
     wanted = batch.inputs["labels"] != -100

@@ -678,7 +678,7 @@ def test_logits_to_keep(model):
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full[:, [0, 5]])
     marked = torch.rand(2, 9) < 0.4
-    torch.testing.assert_close(model(ids, logits_to_keep=marked).logits, full[marked])
+    torch.testing.assert_close(model(ids, logits_to_keep=marked.nonzero(as_tuple=True)).logits, full[marked])
 
 
 def test_unknown_arguments_are_refused(model):

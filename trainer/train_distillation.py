@@ -17,6 +17,7 @@ in it, so that no fine-tuned student is needed (--from_weight full_sft goes on f
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from dataset.lm_dataset import SFTDataset
 from model.errors import InputError
 from model.LMConfig import PRESETS
 from model.loading import find_weights, load_model, load_tokenizer, missing
-from model.model_minimind import MiniMindForCausalLM, positions_from_mask, shifted_targets, visible_keys
+from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, positions_from_mask, shifted_targets, visible_keys
 from trainer.flags import COUNT, common_parser, number
 from trainer.optimizers import build_optimizer
 from trainer.steps import (
@@ -68,16 +69,23 @@ class Targets(NamedTuple):
 
     ids: Tensor  # (N,)
     places: Tensor  # (N,), flat: where they stand
-    sources: Tensor  # (B, T), True at the N places that predict them: only their logits are ever computed
+    sources: tuple[Tensor, Tensor]  # rows and columns, (N,): what predicts them; only its logits are ever computed
+    shape: torch.Size  # (B, T)
 
 
 def find_targets(batch: MicroBatch) -> Targets:
     """The tokens whose label is not -100."""
-    mask = batch.inputs["attention_mask"]
-    ids, source = (x.flatten() for x in shifted_targets(batch.inputs["labels"], mask))
+    labels = batch.inputs["labels"]
+    ids, source = (x.flatten() for x in shifted_targets(labels, batch.inputs["attention_mask"]))
     places = (ids >= 0).nonzero()[:, 0]
-    sources = torch.zeros_like(ids, dtype=torch.bool).index_fill_(0, source[places], True)
-    return Targets(ids[places], places, sources.view(mask.shape))
+    source, T = source[places], labels.shape[1]
+    return Targets(ids[places], places, (source // T, source % T), labels.shape)
+
+
+def read(model: Callable, batch: MicroBatch, targets: Targets) -> MiniMindOutput:
+    """What a MiniMind, or the engine around one, says of packed rows, with the logits for each target alone: (N, V)."""
+    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    return model(**inputs, use_cache=False, logits_to_keep=targets.sources)
 
 
 def losses_at_targets(
@@ -93,16 +101,15 @@ def losses_at_targets(
         for chunk in chunks
     ]
     whole = (torch.cat(parts) for parts in zip(*losses, strict=True))  # three of (N,)
-    shape = targets.sources.shape
-    return tuple(x.new_zeros(shape).view(-1).index_copy(0, targets.places, x).view(shape) for x in whole)
+    return tuple(x.new_zeros(targets.shape.numel()).index_copy(0, targets.places, x).view(targets.shape) for x in whole)
 
 
 @torch.no_grad()
 def teach(teacher: PreTrainedModel, batch: MicroBatch, targets: Targets) -> Tensor:
     """The teacher's logits for each target, on packed rows in which no document sees another: (N, V)."""
-    input_ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     if isinstance(teacher, MiniMindForCausalLM):
-        return teacher(input_ids, mask, use_cache=False, logits_to_keep=targets.sources).logits
+        return read(teacher, batch, targets).logits
+    input_ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     # Other classes take a mask for padding alone: they are told who sees whom, (B, 1, T, T), and where each one stands.
     visible, positions = visible_keys(mask, mask.shape[1]), positions_from_mask(mask)
     output = teacher(input_ids=input_ids, attention_mask=visible, position_ids=positions, use_cache=False)
@@ -112,9 +119,8 @@ def teach(teacher: PreTrainedModel, batch: MicroBatch, targets: Targets) -> Tens
 def held_out(teacher: PreTrainedModel, alpha: float, tau: float, model: torch.nn.Module, batch: MicroBatch) -> dict:
     """The sums of a held-out batch: loss, CE and KL."""
     targets = find_targets(batch)
-    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-    student_logits = model(**inputs, use_cache=False, logits_to_keep=targets.sources).logits
-    losses = losses_at_targets(student_logits, teach(teacher, batch, targets), targets, alpha, tau)
+    student_logits, teacher_logits = read(model, batch, targets).logits, teach(teacher, batch, targets)
+    losses = losses_at_targets(student_logits, teacher_logits, targets, alpha, tau)
     return {name: x.sum() for name, x in zip(("loss", "ce", "kl"), losses, strict=True)}
 
 
@@ -207,11 +213,10 @@ def main(args: argparse.Namespace) -> None:
 
             for batch in step.batches:
                 targets = find_targets(batch)
-                inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
                 with run.autocast():
                     teacher_logits = teach(teacher, batch, targets)  # (N, V)
                 with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**inputs, logits_to_keep=targets.sources)
+                    output = read(engine, batch, targets)
                     losses, ce, kl = losses_at_targets(
                         output.logits, teacher_logits, targets, args.alpha, args.temperature
                     )
