@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dataset.lm_dataset import file_hash
 from model.decoder import own_config
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
@@ -41,6 +40,7 @@ from model.loading import check_vocab, load_model, load_tokenizer, save_weights
 from model.model_lora import export_peft, find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flags import SWITCH
+from trainer.trainer_utils import weights_file_hash
 
 TOLERANCE = 1e-4  # of logits in float32
 SHARED_FIELDS = (  # of the configs of Llama, Granite and MiniMind
@@ -203,16 +203,18 @@ def restore(model: PreTrainedModel, info: dict, source: Path, target: Path) -> f
     """Write a .pth of a folder's weights -> how far its logits are from the folder's."""
     must_be_free(target)
     kind = model.config.model_type
-    if kind not in ("llama", "minimind", "granitemoeshared"):
+    if kind == "granitemoeshared":
+        own = from_granite(model)
+    elif kind in ("llama", "minimind"):
+        own = from_llama(model, info)
+    else:
         raise InputError(
             f"{source} holds a {kind} model: only Llama, GraniteMoeShared and MiniMind's own become a .pth"
         )
-    own = (from_granite(model) if kind == "granitemoeshared" else from_llama(model, info)).eval()
-    own.tie_weights()
-    weights = next(iter(sorted(source.glob("*.safetensors"))), source / "config.json")
+    own.eval().tie_weights()
     save_weights(
         own, target, stage=re.sub(r"_\d+(_moe)?$", "", target.stem), tokens_seen=0, data_path=source,
-        data_hash=file_hash(weights), trained_length=own.config.original_max_position_embeddings,
+        data_hash=weights_file_hash(source), trained_length=own.config.original_max_position_embeddings,
     )  # fmt: skip
     return difference(model, load_model(target)[0])
 
