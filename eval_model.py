@@ -27,9 +27,9 @@ from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
 from model.model_lora import find_lora, merge_lora
-from trainer.devices import DTYPES, pick_device, pick_dtype
-from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
-from trainer.trainer_utils import given_sizes
+from trainer.runtime.devices import DTYPES, pick_device, pick_dtype
+from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
+from trainer.runtime.start import given_sizes
 
 STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]

@@ -50,9 +50,9 @@ from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
 from scripts.benchmark_generate import __doc__ as generate_doc
 from scripts.benchmark_generate import add_generate_flags, benchmark_generate
 from scripts.make_demo_data import ensure_demo_data
-from trainer.devices import DTYPES, pick_device, pick_dtype, synchronize
-from trainer.flags import COUNT, ROOT, SWITCH, number
-from trainer.optimizers import build_optimizer
+from trainer.runtime.devices import DTYPES, pick_device, pick_dtype, synchronize
+from trainer.runtime.flags import COUNT, ROOT, SWITCH, number
+from trainer.runtime.optimizers import build_optimizer
 
 # Published peaks of dense bfloat16 products with float32 sums, in TFLOP/s; the first name that occurs in the GPU's.
 GPU_PEAKS = {

@@ -40,8 +40,8 @@ from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer
 from model.model_minimind import MiniMindForCausalLM
 from scripts.make_demo_data import ensure_demo_data
-from trainer.devices import pick_device, synchronize
-from trainer.flags import COUNT, SWITCH, number
+from trainer.runtime.devices import pick_device, synchronize
+from trainer.runtime.flags import COUNT, SWITCH, number
 
 REFERENCE = "generate float32"
 

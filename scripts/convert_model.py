@@ -39,8 +39,8 @@ from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer, save_weights
 from model.model_lora import export_peft, find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
-from trainer.flags import SWITCH
-from trainer.trainer_utils import weights_file_hash
+from trainer.runtime.flags import SWITCH
+from trainer.runtime.start import weights_file_hash
 
 TOLERANCE = 1e-4  # of logits in float32
 SHARED_FIELDS = (  # of the configs of Llama, Granite and MiniMind

@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from model.errors import InputError, run_script
 from model.loading import TRAINED_BY
-from trainer.flags import add_weight_flags, number
-from trainer.trainer_utils import open_model
+from trainer.runtime.flags import add_weight_flags, number
+from trainer.runtime.start import open_model
 
 LETTERS = "ABCD"
 CHANCE = 1 / len(LETTERS)

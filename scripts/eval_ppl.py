@@ -33,8 +33,8 @@ from dataset.lm_dataset import (
 )
 from model.errors import InputError, UsageError, run_script
 from model.loading import TRAINED_BY
-from trainer.flags import add_weight_flags, number
-from trainer.trainer_utils import open_model
+from trainer.runtime.flags import add_weight_flags, number
+from trainer.runtime.start import open_model
 
 BUCKETS = 4  # points of the curve within one trained length
 

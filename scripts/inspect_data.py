@@ -35,7 +35,7 @@ from dataset.lm_dataset import (
 )  # fmt: skip
 from model.errors import InputError, run_script
 from model.loading import load_tokenizer
-from trainer.flags import ROOT, boolean, number
+from trainer.runtime.flags import ROOT, boolean, number
 
 GREEN, GREY, RED, PLAIN = "\x1b[30;42m", "\x1b[90m", "\x1b[37;41m", "\x1b[0m"
 MARKS = {GREEN: "+", GREY: " ", RED: "x"}  # where there are no colours

@@ -26,8 +26,8 @@ from model.loading import find_weights, load_model, load_tokenizer
 from model.model_lora import find_lora, merge_lora
 from scripts.make_demo_data import ensure_demo_data
 from scripts.scoring import answer_all, is_right, reasoned_answer, score_by
-from trainer.devices import pick_device
-from trainer.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
+from trainer.runtime.devices import pick_device
+from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
 STUDENT = {"hidden_size": 128, "num_hidden_layers": 3}  # of the distillation

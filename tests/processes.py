@@ -27,7 +27,7 @@ PATIENCE = 240  # seconds, for what should take five
 
 
 def free_port():
-    from trainer.distributed import free_port
+    from trainer.runtime.distributed import free_port
 
     return free_port()
 
@@ -159,7 +159,7 @@ def die_at_rename(ending, after):
 
 def slow_steps(seconds=0.2):
     """Time for a signal to arrive before the run is over."""
-    from trainer.engine import Engine
+    from trainer.runtime.engine import Engine
 
     zero_grad = Engine.zero_grad
     Engine.zero_grad = lambda self: time.sleep(seconds) or zero_grad(self)
@@ -197,7 +197,7 @@ def fill_disk_in_write(call):
 
 def die_in_log_rewrite():
     """SIGKILL while a resumed run cuts off the log of the run before it."""
-    from trainer import run_log
+    from trainer.runtime import run_log
 
     write_files = run_log.write_files
 
@@ -214,7 +214,7 @@ def die_in_log_rewrite():
 
 def interrupt_twice_in_save():
     """Ctrl-C while a checkpoint is written, and again."""
-    from trainer import checkpoint
+    from trainer.runtime import checkpoint
 
     write_files = checkpoint.write_files
 
@@ -231,23 +231,23 @@ def interrupt_twice_in_save():
 
 def forget_optimizer():
     """A broken resume, to see whether anybody notices."""
-    from trainer.engine import Engine
+    from trainer.runtime.engine import Engine
 
     load_state = Engine.load_state
     Engine.load_state = lambda self, state: load_state(self, {**state, "optimizer": {}})
 
 
 def forget_random_state():
-    from trainer import trainer_utils
+    from trainer.runtime import run
 
-    trainer_utils.set_random_state = lambda *_: None
+    run.set_random_state = lambda *_: None
 
 
 def count_buckets(path):
     """Write how many gradient buckets have crossed the ranks to a file."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from trainer import engine
+    from trainer.runtime import engine
 
     replicate, count = engine.replicate, [0]
 
@@ -266,8 +266,8 @@ def count_buckets(path):
 
 def measure_memory(path):
     """Write [estimate, peak of the steps above what was there before them] in bytes to a file."""
-    from trainer import memory, trainer_utils
-    from trainer.engine import Engine
+    from trainer.runtime import memory, run
+    from trainer.runtime.engine import Engine
 
     told = {}
 
@@ -283,5 +283,5 @@ def measure_memory(path):
         take_step(self)
         Path(path).write_text(json.dumps([told["estimate"], resident("VmHWM") - told["before"]]))
 
-    trainer_utils.check_memory = check
+    run.check_memory = check
     take_step, Engine.step = Engine.step, step

@@ -21,9 +21,10 @@ if not sys.platform.startswith("linux"):
 from processes import PATIENCE, ROOT, Training, free_port, wait_for
 
 from model.errors import InputError, UsageError
-from trainer import deepspeed_engine, engine, train_pretrain
-from trainer.deepspeed_engine import check_deepspeed
-from trainer.trainer_utils import Run
+from trainer import train_pretrain
+from trainer.runtime import deepspeed_engine, engine
+from trainer.runtime.deepspeed_engine import check_deepspeed
+from trainer.runtime.run import Run
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--optimizer=adamw"]
 TINY += ["--max_seq_len=64", "--packing=0", "--from_weight=none", "--eval_interval=5", "--log_interval=1"]

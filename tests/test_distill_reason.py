@@ -17,8 +17,8 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distill_reason, train_full_sft
+from trainer.runtime.start import build_model
 from trainer.train_distill_reason import TAGS, ReasonDataset, find_tags, token_weights
-from trainer.trainer_utils import build_model
 
 SEQ = 192
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]

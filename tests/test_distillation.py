@@ -15,9 +15,9 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, load_tokenizer, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distillation, train_full_sft
-from trainer.steps import MODEL_INPUTS, MicroBatch
+from trainer.runtime.start import build_model
+from trainer.runtime.steps import MODEL_INPUTS, MicroBatch
 from trainer.train_distillation import distillation_loss, find_targets, losses_at_targets, read, teach
-from trainer.trainer_utils import build_model
 
 SEQ = 160
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]

@@ -209,9 +209,9 @@ def test_bad_input_on_one_rank_alone_ends_all(data, tmp_path):
 
 
 def take_other_data(folder):
-    from trainer import trainer_utils
+    from trainer.runtime import start
 
-    trainer_utils.resolve_data = lambda *_: (Path(folder) / "pretrain_val.jsonl", None)
+    start.resolve_data = lambda *_: (Path(folder) / "pretrain_val.jsonl", None)
 
 
 def test_sigterm_to_a_launcher_saves_though_its_signal_reaches_loaders_too(data, tmp_path):

@@ -18,8 +18,9 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_dpo
-from trainer.steps import micro_batches
-from trainer.trainer_utils import Run, build_model
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model
+from trainer.runtime.steps import micro_batches
 
 SEQ = 256
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -18,7 +18,7 @@ from model.errors import run_script as run_in_process
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from trainer.checkpoint import read_checkpoint
+from trainer.runtime.checkpoint import read_checkpoint
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2"]
 COMMON = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--max_steps=2"]

@@ -32,7 +32,8 @@ from model.model_lora import (
     unmerge,
 )
 from model.model_minimind import MiniMindForCausalLM
-from trainer import train_lora, trainer_utils
+from trainer import train_lora
+from trainer.runtime import start
 
 IDS = torch.arange(3, 27).view(2, 12)
 FILE = {"stage": "lora_x", "tokens_seen": 5, "data_path": "d/x.jsonl", "data_hash": "h", "trained_length": 64}
@@ -552,8 +553,8 @@ def test_embedded_data_stand_in(name, home, monkeypatch):
         taken.append((resolve_data(args, *names), names))
         raise InputError("seen")
 
-    resolve_data = trainer_utils.resolve_data
-    monkeypatch.setattr(trainer_utils, "resolve_data", resolve)
+    resolve_data = start.resolve_data
+    monkeypatch.setattr(start, "resolve_data", resolve)
     with pytest.raises(InputError, match="seen"):
         train_lora.main(train_lora.parse_args(flags_of(home, f"--lora_name={name}", data=False)))
     ((train_path, val_path), names) = taken[0]

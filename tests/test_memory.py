@@ -13,8 +13,9 @@ from model.errors import run_script
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from trainer import memory, train_pretrain
-from trainer.trainer_utils import Run
+from trainer import train_pretrain
+from trainer.runtime import memory
+from trainer.runtime.run import Run
 
 CPU = ["--device=cpu", "--dtype=float32"]
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
-from trainer import optimizers
-from trainer.optimizers import MuonAdamW, build_optimizer, by_gram, by_matrix, newton_schulz
+from trainer.runtime import optimizers
+from trainer.runtime.optimizers import MuonAdamW, build_optimizer, by_gram, by_matrix, newton_schulz
 
 SHAPES = [(16, 16), (16, 16), (8, 24), (24, 8)]
 

@@ -19,7 +19,7 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.checkpoint import read_checkpoint, read_whole, same_bits
+from trainer.runtime.checkpoint import read_checkpoint, read_whole, same_bits
 
 TINY = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--packing=0", "--log_interval=3", "--eval_interval=5"]
 STEPS = 16  # of 8 rows; an epoch of 36 rows has 5

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from trainer import run_log, train_pretrain
-from trainer.run_log import RunLog, clock, format_meter, keep_steps, read_records
+from trainer import train_pretrain
+from trainer.runtime import run_log
+from trainer.runtime.run_log import RunLog, clock, format_meter, keep_steps, read_records
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--max_seq_len=64"]
 

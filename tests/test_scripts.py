@@ -24,7 +24,7 @@ from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
 from scripts import inspect_data, quickstart
 from trainer import train_full_sft, train_pretrain
-from trainer.flags import boolean, number
+from trainer.runtime.flags import boolean, number
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -88,7 +88,7 @@ def test_all_scripts_are_found():
     names = {path.as_posix() for path in SCRIPTS}
     assert {"eval_model.py", "trainer/train_pretrain.py", "trainer/train_full_sft.py"} <= names
     assert {"scripts/quickstart.py", "scripts/inspect_data.py", "scripts/make_demo_data.py"} <= names
-    assert "trainer/trainer_utils.py" not in names and "scripts/demo_templates.py" not in names
+    assert "trainer/runtime/run.py" not in names and "scripts/demo_templates.py" not in names
 
 
 @pytest.fixture(scope="module")

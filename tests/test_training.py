@@ -22,12 +22,13 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.devices import pick_dtype
-from trainer.engine import Engine
-from trainer.flags import ROOT
-from trainer.run_log import RunLog
-from trainer.steps import count_steps, evaluate, learning_rate_at, split_rows, training_steps
-from trainer.trainer_utils import Run, build_model
+from trainer.runtime.devices import pick_dtype
+from trainer.runtime.engine import Engine
+from trainer.runtime.flags import ROOT
+from trainer.runtime.run import Run
+from trainer.runtime.run_log import RunLog
+from trainer.runtime.start import build_model
+from trainer.runtime.steps import count_steps, evaluate, learning_rate_at, split_rows, training_steps
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
 SEQ = 64
@@ -676,4 +677,4 @@ def test_memory_of_freed_tensors_is_kept_on_a_cpu():
         return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     assert faults("") > 1000  # what is left out without the setting
-    assert faults("from trainer.devices import pick_device; pick_device('cpu')") < 100
+    assert faults("from trainer.runtime.devices import pick_device; pick_device('cpu')") < 100

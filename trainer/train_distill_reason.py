@@ -30,9 +30,11 @@ from dataset.chat import plain_text_backend
 from dataset.lm_dataset import IGNORED, SFTDataset
 from model.errors import InputError
 from model.loading import find_weights, load_tokenizer
-from trainer.flags import common_parser, number
-from trainer.optimizers import build_optimizer
-from trainer.steps import (
+from trainer.runtime.flags import common_parser, number
+from trainer.runtime.optimizers import build_optimizer
+from trainer.runtime.run import Run, run_training, save
+from trainer.runtime.start import build_model, given_sizes, make_engine, open_data
+from trainer.runtime.steps import (
     MicroBatch,
     count_steps,
     evaluate,
@@ -42,7 +44,6 @@ from trainer.steps import (
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, given_sizes, make_engine, open_data, run_training, save
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 START = "rlhf, else full_sft"

@@ -35,9 +35,11 @@ from model.errors import InputError
 from model.LMConfig import PRESETS
 from model.loading import find_weights, load_model, load_tokenizer, missing
 from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, positions_from_mask, shifted_targets, visible_keys
-from trainer.flags import COUNT, common_parser, number
-from trainer.optimizers import build_optimizer
-from trainer.steps import (
+from trainer.runtime.flags import COUNT, common_parser, number
+from trainer.runtime.optimizers import build_optimizer
+from trainer.runtime.run import Run, run_training, save
+from trainer.runtime.start import build_model, make_engine, open_data, weights_file_hash
+from trainer.runtime.steps import (
     MicroBatch,
     count_steps,
     evaluate,
@@ -47,7 +49,6 @@ from trainer.steps import (
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save, weights_file_hash
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
 WHOLE_LOGITS = 5  # the student's, the teacher's, the gradient in chunks and joined; what a chunk takes beside these

@@ -36,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.loading import find_weights, load_model, load_tokenizer, write_files
-from trainer.distributed import gather, rank, sum_over_ranks, world_size
-from trainer.flags import common_parser, number
-from trainer.optimizers import build_optimizer
-from trainer.steps import (
+from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
+from trainer.runtime.flags import common_parser, number
+from trainer.runtime.optimizers import build_optimizer
+from trainer.runtime.run import Run, run_training, save
+from trainer.runtime.start import build_model, make_engine, open_data
+from trainer.runtime.steps import (
     MicroBatch,
     count_steps,
     evaluate,
@@ -51,7 +53,6 @@ from trainer.steps import (
     split_rows,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save
 
 BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0}
 

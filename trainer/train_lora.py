@@ -30,10 +30,12 @@ from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
 from model.loading import TRAINED_BY, find_weights, load_tokenizer
 from model.model_lora import DEFAULT_RANK, DEFAULT_TARGETS, attach, save_lora, target_names
-from trainer.distributed import world_size
-from trainer.flags import COUNT, ROOT, common_parser, number
-from trainer.optimizers import build_optimizer
-from trainer.steps import (
+from trainer.runtime.distributed import world_size
+from trainer.runtime.flags import COUNT, ROOT, common_parser, number
+from trainer.runtime.optimizers import build_optimizer
+from trainer.runtime.run import Run, run_training, save
+from trainer.runtime.start import build_model, make_engine, open_data, weights_file_hash
+from trainer.runtime.steps import (
     MicroBatch,
     count_steps,
     evaluate,
@@ -43,7 +45,6 @@ from trainer.steps import (
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save, weights_file_hash
 
 EMBEDDED = ("lora_identity", "lora_medical")  # adapters that dataset/demo/ has data for
 MIN_STEPS = 20  # of an epoch

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import PretrainDataset
 from model.loading import load_tokenizer
-from trainer.flags import common_parser
-from trainer.optimizers import build_optimizer
-from trainer.steps import (
+from trainer.runtime.flags import common_parser
+from trainer.runtime.optimizers import build_optimizer
+from trainer.runtime.run import Run, run_training, save
+from trainer.runtime.start import build_model, make_engine, open_data
+from trainer.runtime.steps import (
     MicroBatch,
     count_steps,
     evaluate,
@@ -33,7 +35,6 @@ from trainer.steps import (
     set_learning_rate,
     training_steps,
 )
-from trainer.trainer_utils import Run, build_model, make_engine, open_data, run_training, save
 
 
 def next_token_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the calls of trainer/engine.py: ZeRO cuts the optimizer's state (stage 1), the gradients too
+"""DeepSpeed behind the calls of trainer/runtime/engine.py: ZeRO cuts the optimizer's state (stage 1), the gradients too
 (stage 2) or the weights as well (stage 3) into pieces, one for each rank.
 
     --deepspeed             the built-in settings below: ZeRO stage 2
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.errors import InputError, UsageError
-from trainer.distributed import rank, world_size
+from trainer.runtime.distributed import rank, world_size
 
 DEFAULT = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}}
 OURS = {  # sections of a user's file that this project has its own for
@@ -39,7 +39,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the 
 
 
 class DeepSpeedEngine:
-    """The model trained through deepspeed.initialize; the calls are those of trainer/engine.py, and so is state()."""
+    """The model trained through deepspeed.initialize; its calls are those of engine.py, and so is state()."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, run):
         self.model, self.optimizer, self.run = model, optimizer, run

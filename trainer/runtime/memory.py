@@ -5,7 +5,7 @@ from torch import nn
 
 from model.errors import InputError
 from model.model_minimind import LOSS_CHUNK
-from trainer.distributed import local_world_size
+from trainer.runtime.distributed import local_world_size
 
 PROBE_TOKENS = 64  # of one row; and twice as many, for what grows with them
 MARGIN = 1.1  # a run is refused only where the estimate is clearly too large

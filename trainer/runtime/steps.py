@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.lm_dataset import BLANK, PackedDataset, token_byte_counts
-from trainer.distributed import rank, sum_over_ranks, world_size
-from trainer.flags import DECAY_RATIO
+from trainer.runtime.distributed import rank, sum_over_ranks, world_size
+from trainer.runtime.flags import DECAY_RATIO
 
 ESTIMATE_AFTER = 3  # steps of this run; the first ones are slower
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.distributed import world_size
+from trainer.runtime.distributed import world_size
 
 
 class Engine:

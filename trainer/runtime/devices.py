@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from model.errors import UsageError
-from trainer.distributed import local_rank
+from trainer.runtime.distributed import local_rank
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 

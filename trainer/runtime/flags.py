@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.LMConfig import PRESETS
-from trainer.devices import DTYPES
+from trainer.runtime.devices import DTYPES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DECAY_RATIO = 0.4  # share of the steps in which the learning rate falls
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 

@@ -1,0 +1,1 @@
+"""The plumbing below the stage scripts."""

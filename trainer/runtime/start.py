@@ -1,0 +1,138 @@
+"""What a run starts with: its model, its data, its engine."""
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dataset.lm_dataset import PackedDataset, file_hash
+from model.LMConfig import MiniMindConfig
+from model.loading import check_vocab, find_weights, load_model, load_tokenizer, weights_path
+from model.model_minimind import MiniMindForCausalLM
+from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint
+from trainer.runtime.devices import pick_device, pick_dtype
+from trainer.runtime.distributed import local_main_first
+from trainer.runtime.engine import Engine
+from trainer.runtime.flags import ROOT
+from trainer.runtime.run import Run
+
+
+def given_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """The sizes that flags name, in place of a preset's."""
+    flags = {key: getattr(args, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")}
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | None = None) -> MiniMindForCausalLM:
+    """The run's model on its device, float32: that of --from_resume, the weights of --from_weight, or a new one.
+
+    longest: tokens of the longest document that it will see (default: --max_seq_len).
+    """
+    longest = longest or args.max_seq_len
+    sizes = given_sizes(args)
+    resumed = args.from_resume and find_checkpoint(
+        args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none"
+    )
+    if args.from_resume and not resumed:
+        print(f"no checkpoint of {run.stage} to resume in {args.out_dir / 'checkpoints'}: starting anew")
+    if resumed:
+        model = resumed_model(resumed, args, run)
+    elif args.from_weight == "none":
+        config = MiniMindConfig.from_preset(args.preset or "minimind2-small", **sizes)
+        config.original_max_position_embeddings = longest
+        model = MiniMindForCausalLM(config)
+    else:
+        path = find_weights(args.out_dir, args.from_weight, preset=args.preset, **sizes)
+        print(f"starting from {path}")
+        model, info = load_model(path, preset=args.preset, config_overrides=sizes)
+        run.tokens = info.get("tokens_seen") or 0
+        model.config.original_max_position_embeddings = max(info.get("trained_length") or 0, longest)
+    check_vocab(tokenizer, model.config)
+    run.name = weights_path(args.out_dir, run.stage, model.config).stem
+    unfinished = checkpoint_path(args.out_dir, run.weights)
+    if not resumed and run.is_main and unfinished.exists():
+        print(f"note: {unfinished} of an earlier run will be replaced (--from_resume 1 would go on with it)")
+    return model.to(run.device).train()
+
+
+def open_model(args: argparse.Namespace, **overrides) -> tuple[Path, nn.Module, dict, PreTrainedTokenizerBase]:
+    """What add_weight_flags names, to be read: its path, the model in eval mode, what is known of it, the tokenizer.
+
+    overrides: config fields in place of the file's, among those that weights do not depend on.
+    """
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    path = args.weight or find_weights(args.out_dir, args.stage, preset=args.preset, **given_sizes(args))
+    model, info = load_model(
+        path, preset=args.preset, config_overrides={**given_sizes(args), **overrides}, device=device,
+        dtype=pick_dtype(args.dtype, device),
+    )  # fmt: skip
+    check_vocab(tokenizer, model.config)
+    return path, model, info, tokenizer
+
+
+def resumed_model(path: Path, args: argparse.Namespace, run: Run) -> MiniMindForCausalLM:
+    """The model of a checkpoint, its values still to come (Run.begin), and the run set to where it stopped."""
+    print(f"resuming from {path}")
+    run.checkpoint = read_checkpoint(path)
+    config = MiniMindConfig(**run.checkpoint["config"])
+    preset = MiniMindConfig.from_preset(args.preset, **given_sizes(args)) if args.preset else None
+    asked = {key: getattr(preset, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")} if preset else {}
+    asked |= given_sizes(args)
+    agree(path, {key: getattr(config, key) for key in asked}, asked)
+    place = run.checkpoint["place"]
+    run.step, run.epoch, run.row, run.tokens = (place[key] for key in ("step", "epoch", "row", "tokens"))
+    run.skipped_steps, run.logs.elapsed_before = place["skipped_steps"], place["elapsed_s"]
+    return MiniMindForCausalLM(config)
+
+
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, total_steps: int) -> Engine:
+    """The engine that the flags and the launcher ask for: plain, replicated, or DeepSpeed's."""
+    if run.args.deepspeed is not None:
+        from trainer.runtime.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer, run)
+    return Engine(model, optimizer, run, compiled=wants_compile(run, total_steps - run.step))
+
+
+def wants_compile(run: Run, steps: int) -> bool:
+    """torch.compile where it pays: on CUDA, and where its minute of compiling is won back."""
+    wanted = run.args.use_compile
+    return wanted == "1" or (wanted == "auto" and run.device.type == "cuda" and steps >= 500)
+
+
+def weights_file_hash(path: Path) -> str:
+    """The hash of a .pth, or of what makes a transformers folder the model that it is."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")])
+    return hashlib.blake2b("".join(map(file_hash, files)).encode(), digest_size=16).hexdigest()
+
+
+def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) -> tuple[Path, Path | None]:
+    """The training file and the held-out file (or None): the flags', else dataset/<default>, else the embedded data."""
+    train = args.data_path or ROOT / "dataset" / default_name
+    if args.data_path is None and not train.exists():
+        from scripts.make_demo_data import ensure_demo_data
+
+        train = ensure_demo_data() / demo_name
+        print(f"dataset/{default_name} is not there: training on the embedded data, {train}")
+    held_out = train.with_name(f"{train.stem}_val{train.suffix}")
+    return train, args.val_path or (held_out if held_out.exists() else None)
+
+
+def open_data(
+    kind: Callable[..., PackedDataset], default_name: str, demo_name: str, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and held-out rows of resolve_data's files, tokenised by one process of each machine."""
+    args = run.args
+    paths = resolve_data(args, default_name, demo_name)
+    with local_main_first():
+        train_set, val_set = (
+            path and kind(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed) for path in paths
+        )
+    return train_set, val_set
