@@ -350,10 +350,23 @@ class PackedDataset(Dataset):
         """Share of the tokens of an epoch that are padding."""
         return 1 - self.piece_lengths.sum() / (len(self) * self.max_seq_len)
 
+    def tokens_per_row(self) -> float:
+        """Real tokens of a row, on average."""
+        return self.max_seq_len * (1 - self.padding_share())
+
+    def summary(self) -> str:
+        """What a run says of its data before it starts."""
+        size = f"{len(self.cache.ids):,} tokens in {len(self):,} rows of {self.max_seq_len}"
+        return f"{size} ({self.padding_share():.1%} padding)"
+
     def describe(self, index: int) -> str:
         """Where the documents of a row come from: "file:line, line"."""
         lines = dict.fromkeys(self.piece_lines[self.pieces_of(index)].tolist())
         return f"{self.cache.meta['data_path']}:" + ", ".join(map(str, lines))
+
+    @property
+    def data_path(self) -> str:
+        return self.cache.meta["data_path"]
 
     @property
     def data_hash(self) -> str:

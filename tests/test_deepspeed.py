@@ -77,7 +77,9 @@ def config_file(folder, settings):
 
 
 def checkpoint_of(out_dir):
-    return torch.load(out_dir / "checkpoints" / "pretrain_64_resume.pth", weights_only=True)
+    """The content, weights and optimizer of the one model on top."""
+    content = torch.load(out_dir / "checkpoints" / "pretrain_64_resume.pth", weights_only=True)
+    return content | content["engines"]["model"]
 
 
 def log_of(out_dir):

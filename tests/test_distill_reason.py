@@ -17,6 +17,7 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distill_reason, train_full_sft
+from trainer.runtime import start
 from trainer.runtime.start import build_model
 from trainer.train_distill_reason import TAGS, ReasonDataset, find_tags, token_weights
 
@@ -67,7 +68,7 @@ def train(data, out_dir, *flags, script=train_distill_reason):
 
     common = [*TINY, f"--max_seq_len={SEQ}", "--max_steps=2", "--batch_size=2", "--from_weight=none"]
     args = script.parse_args([*common, f"--data_path={data / 'reason.jsonl'}", f"--out_dir={out_dir}", *flags])
-    with mock.patch.object(script, "build_model", keep), mock.patch.object(script, "build_optimizer", plain_sgd):
+    with mock.patch.object(script, "build_model", keep), mock.patch.object(start, "build_optimizer", plain_sgd):
         script.main(args)
     log = [json.loads(line) for line in next((out_dir / "logs").glob("*_64.jsonl")).read_text().splitlines()]
     return SimpleNamespace(model=models[0], start=starts[0], log=log)

@@ -18,6 +18,8 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_dpo
+from trainer.runtime import run as run_module
+from trainer.runtime import start
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model
 from trainer.runtime.steps import micro_batches
@@ -347,11 +349,11 @@ def test_accumulation_is_exact(home, tmp_path):
     runs = []
     for batch, accumulation in (4, 1), (1, 4):
         flags = [f"--batch_size={batch}", f"--accumulation_steps={accumulation}", "--max_steps=2", "--grad_clip=0"]
-        with mock.patch.object(train_dpo, "build_optimizer", plain_sgd):
+        with mock.patch.object(start, "build_optimizer", plain_sgd):
             runs.append(train(home, tmp_path / str(batch), *flags))
     one, many = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs)
-    start = torch.cat([p.flatten() for p in load_model(home / "full_sft_64.pth")[0].parameters()])
-    assert (one - start).norm() > 1e-6 and (one - many).norm() < 1e-4 * (one - start).norm()
+    begin = torch.cat([p.flatten() for p in load_model(home / "full_sft_64.pth")[0].parameters()])
+    assert (one - begin).norm() > 1e-6 and (one - many).norm() < 1e-4 * (one - begin).norm()
     assert runs[0].log[-1]["loss"] == pytest.approx(runs[1].log[-1]["loss"], rel=1e-6)
 
 
@@ -377,10 +379,10 @@ def test_a_resumed_run_keeps_its_reference(home, tmp_path):
                 raise Stop
             yield step
 
-    training_steps = train_dpo.training_steps
+    training_steps = run_module.training_steps
     flags = ["--max_steps=6", "--save_interval=3"]
     with (
-        mock.patch.object(train_dpo, "training_steps", lambda *args: stop_after(3, *args)),
+        mock.patch.object(run_module, "training_steps", lambda *args: stop_after(3, *args)),
         pytest.raises(Stop),
     ):
         train(home, tmp_path / "cut", *flags)

@@ -487,14 +487,14 @@ def test_training_lowers_the_loss_and_changes_the_adapter_alone(optimizer, home,
 def test_resume_is_exact_and_asks_for_the_same_settings(home, capsys, monkeypatch):
     flags = ["--max_steps=6", "--save_interval=3", "--learning_rate=0.03"]
     whole, _ = train(home, "--lora_name=whole", *flags)
-    save = train_lora.save
+    save = train_lora.Run.save
 
-    def save_and_stop(engine, run, *rest):
-        save(engine, run, *rest)
+    def save_and_stop(run):
+        save(run)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_lora, "save", save_and_stop)
+        patch.setattr(train_lora.Run, "save", save_and_stop)
         train(home, "--lora_name=parts", *flags)
     again = ["--lora_name=parts", "--from_resume=1", *flags]
     capsys.readouterr()

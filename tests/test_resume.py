@@ -147,9 +147,11 @@ def test_places_of_the_disturbed_run(disturbed):
 
 def test_a_disturbed_run_ends_with_the_same_bits(home, peace, disturbed):
     expected, found = read_whole(peace), read_whole(home / "disturbed")
-    assert expected["optimizer"] and expected["random"] and expected["place"]["epoch"] == 3
+    assert expected["engines"]["model"]["optimizer"] and expected["random"] and expected["place"]["epoch"] == 3
     same_bits(expected, found)
-    assert {value.dtype for value in found["weights"].values()} == {torch.float32}  # half would erase small updates
+    assert {value.dtype for value in found["engines"]["model"]["weights"].values()} == {
+        torch.float32
+    }  # half erases small updates
     assert not list(home.rglob("*.tmp"))
 
 
@@ -176,7 +178,7 @@ def test_these_tests_notice_what_is_forgotten(hook, flags, same, home, peace, di
     flags = flags_of(home, tmp_path / "half", "--from_resume=1", *flags)
     run = Training("pretrain", flags, tmp_path / "run", hook=hook)
     assert run.wait() == [0], run.err()
-    expected, found = (read_whole(folder)["weights"] for folder in (peace, tmp_path / "half"))
+    expected, found = (read_whole(folder)["engines"]["model"]["weights"] for folder in (peace, tmp_path / "half"))
     assert all(torch.equal(expected[name], found[name]) for name in expected) is same
 
 

@@ -16,6 +16,7 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_reward
+from trainer.runtime import start
 from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
 from trainer.runtime.steps import micro_batches
@@ -300,10 +301,10 @@ def test_centering_enters_the_step_with_its_weight(batch, home, tmp_path):
     heads = []
     for center in (0, 0.5):
         flags = [f"--center={center}", "--batch_size=100", "--max_steps=1", "--grad_clip=0", "--learning_rate=0.1"]
-        with mock.patch.object(train_reward, "build_optimizer", plain_sgd):
+        with mock.patch.object(start, "build_optimizer", plain_sgd):
             train(home, tmp_path / str(center), *flags)
         path = tmp_path / str(center) / "checkpoints" / "reward_64_resume.pth"
-        heads.append(torch.load(path, weights_only=True)["weights"]["score.weight"])
+        heads.append(torch.load(path, weights_only=True)["engines"]["model"]["weights"]["score.weight"])
     model = MiniMindForScoring.from_language_model(load_model(home / "full_sft_64.pth")[0])
     model.score.weight.data.fill_(0.05)
     _, centering, _ = train_reward.preference_losses(scores_of(model, batch.all), batch.all)
@@ -319,12 +320,12 @@ def test_accumulation_is_exact(home, tmp_path):
     weights = []
     for batch, accumulation in (4, 1), (1, 4):
         flags = [f"--batch_size={batch}", f"--accumulation_steps={accumulation}", "--max_steps=2", "--grad_clip=0"]
-        with mock.patch.object(train_reward, "build_optimizer", plain_sgd):
+        with mock.patch.object(start, "build_optimizer", plain_sgd):
             train(home, tmp_path / str(batch), *flags, "--learning_rate=0.1")
         checkpoint = torch.load(tmp_path / str(batch) / "checkpoints" / "reward_64_resume.pth", weights_only=True)
-        weights.append(torch.cat([value.flatten() for value in checkpoint["weights"].values()]))
-    start = load_model(home / "full_sft_64.pth")[0].model
-    moved = weights[0][:-64] - torch.cat([p.detach().flatten() for p in start.parameters()])
+        weights.append(torch.cat([value.flatten() for value in checkpoint["engines"]["model"]["weights"].values()]))
+    begin = load_model(home / "full_sft_64.pth")[0].model
+    moved = weights[0][:-64] - torch.cat([p.detach().flatten() for p in begin.parameters()])
     assert moved.norm() > 1e-4 and (weights[0] - weights[1]).norm() < 1e-4 * moved.norm()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from trainer import train_pretrain
 from trainer.runtime import run_log
+from trainer.runtime.engine import Engine
 from trainer.runtime.run_log import RunLog, clock, format_meter, keep_steps, read_records
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--max_seq_len=64"]
@@ -196,7 +197,7 @@ def test_without_the_flag_swanlab_is_left_alone(fake, data):
 
 
 def test_swanlab_ends_though_the_run_fails(fake, data, monkeypatch):
-    monkeypatch.setattr(train_pretrain, "set_learning_rate", lambda *_: 1 / 0)
+    monkeypatch.setattr(Engine, "set_learning_rate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(data, "--max_steps=1", "--use_wandb")
     assert fake.finished == 1

@@ -65,7 +65,9 @@ def train(home, stage, out_dir, *flags, start="start", ranks=1, hook=None):
 
 
 def checkpoint_of(out_dir, stage):
-    return torch.load(out_dir / "checkpoints" / f"{STAGES[stage][0]}_resume.pth", weights_only=True)
+    """The content, weights and optimizer of the one model on top."""
+    content = torch.load(out_dir / "checkpoints" / f"{STAGES[stage][0]}_resume.pth", weights_only=True)
+    return content | content["engines"]["model"]
 
 
 def log_of(out_dir, stage):

@@ -22,13 +22,16 @@ from model.LMConfig import MiniMindConfig
 from model.loading import load_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
+from trainer.runtime import run as run_module
+from trainer.runtime import start
 from trainer.runtime.devices import pick_dtype
 from trainer.runtime.engine import Engine
+from trainer.runtime.evaluation import evaluate
 from trainer.runtime.flags import ROOT
 from trainer.runtime.run import Run
 from trainer.runtime.run_log import RunLog
 from trainer.runtime.start import build_model
-from trainer.runtime.steps import count_steps, evaluate, learning_rate_at, split_rows, training_steps
+from trainer.runtime.steps import Update, count_steps, learning_rate_at, split_rows, training_steps
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
 SEQ = 64
@@ -116,7 +119,7 @@ def test_accumulation_is_exact(script, packing, data, tmp_path):
     for batch, accumulation in (8, 1), (2, 4):
         flags = [f"--batch_size={batch}", f"--accumulation_steps={accumulation}", f"--packing={packing}"]
         flags += ["--max_steps=4", "--learning_rate=0.3", "--grad_clip=0"]
-        with mock.patch.object(script, "build_optimizer", plain_sgd):
+        with mock.patch.object(start, "build_optimizer", plain_sgd):
             runs.append(train(script, tmp_path / str(batch), data_of(script, data), *flags))
     one, many = (weights_of(run.model) for run in runs)
     assert (one - many).norm() < 1e-6 * one.norm()
@@ -331,7 +334,7 @@ def test_a_second_run_starts_its_log_anew(data, tmp_path):
 def test_intervals(data, tmp_path):
     flags = ["--max_steps=7", "--log_interval=2", "--eval_interval=3", "--save_interval=5"]
     saved_at = []
-    with mock.patch.object(train_pretrain, "save", lambda engine, run, train_set: saved_at.append(run.step)):
+    with mock.patch.object(Run, "save", lambda run: saved_at.append(run.step)):
         log = train(train_pretrain, tmp_path, data / "texts.jsonl", *flags).log
     assert [r["step"] for r in log] == [2, 3, 4, 6, 7]
     assert [r["step"] for r in log if "val_loss" in r] == [3, 6, 7]
@@ -364,11 +367,11 @@ def poison(when):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path):
     seen = []
-    accept = train_pretrain.Run.accept_step
+    accepts = Run.accepts
 
-    def watch(self, grad_norm, *rest):
+    def watch(self, engine):
         seen.append(weights_of(models[0]))
-        return accept(self, grad_norm, *rest)
+        return accepts(self, engine)
 
     models = []
     path = write_rows(tmp_path / "alone.jsonl", [{"text": text} for text in TEXTS])  # no evaluation: 1 call a step
@@ -380,7 +383,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path):
     flags = [*TINY, "--max_seq_len=64", "--max_steps=4", "--batch_size=8", f"--data_path={path}"]
     args = train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"])
     with (
-        mock.patch.object(train_pretrain.Run, "accept_step", watch),
+        mock.patch.object(Run, "accepts", watch),
         mock.patch.object(train_pretrain, "build_model", keep),
         poison(lambda call, ids: call == 2),
     ):
@@ -432,14 +435,14 @@ def interrupt_at(call, signal_number=signal.SIGINT):
     """Send this process a signal while the learning rate of the call-th step is set."""
     calls = [0]
 
-    def set_learning_rate(optimizer, rate):
+    def set_learning_rate(engine, rate):
         calls[0] += 1
         if calls[0] == call:
             os.kill(os.getpid(), signal_number)
-        for group in optimizer.param_groups:
+        for group in engine.optimizer.param_groups:
             group["lr"] = rate
 
-    return mock.patch.object(train_pretrain, "set_learning_rate", set_learning_rate)
+    return mock.patch.object(Engine, "set_learning_rate", set_learning_rate)
 
 
 def ends(*flags):
@@ -465,7 +468,7 @@ def test_interrupt_before_anything_was_learned_leaves_earlier_weights_alone(data
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path):
-    with interrupt_at(3), mock.patch.object(train_pretrain.Run, "add", lambda *_, **__: os.kill(os.getpid(), 2)):
+    with interrupt_at(3), mock.patch.object(Update, "note", lambda *_, **__: os.kill(os.getpid(), 2)):
         flags = ["--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
         assert ends(*flags) == 130
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.tmp"))
@@ -473,7 +476,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path):
 
 def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_path):
     rows = []
-    evaluate = train_pretrain.evaluate
+    evaluate = run_module.evaluate
 
     def counted(model, val_set, run, totals, *rest):
         def loss(model, batch):
@@ -492,7 +495,7 @@ def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_pat
         "--eval_rows=4",
         "--batch_size=2",
     ]
-    with mock.patch.object(train_pretrain, "evaluate", counted):
+    with mock.patch.object(run_module, "evaluate", counted):
         train(train_pretrain, tmp_path, data / "texts.jsonl", *flags)
     assert rows == [4, 4, 7]
 
@@ -576,7 +579,7 @@ def test_balance_loss_trains_the_router_and_is_not_in_the_logged_loss(data, tmp_
 
     with (
         mock.patch.object(MiniMindForCausalLM, "forward", silent),
-        mock.patch.object(train_pretrain, "build_optimizer", plain_sgd),
+        mock.patch.object(start, "build_optimizer", plain_sgd),
     ):
         run = train(train_pretrain, tmp_path, data / "texts.jsonl", "--use_moe", "--learning_rate=1", "--max_steps=1")
     assert run.log[0]["loss"] == 0 and run.log[0]["grad_norm"] > 0

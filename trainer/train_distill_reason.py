@@ -31,19 +31,9 @@ from dataset.lm_dataset import IGNORED, SFTDataset
 from model.errors import InputError
 from model.loading import find_weights, load_tokenizer
 from trainer.runtime.flags import common_parser, number
-from trainer.runtime.optimizers import build_optimizer
-from trainer.runtime.run import Run, run_training, save
-from trainer.runtime.start import build_model, given_sizes, make_engine, open_data
-from trainer.runtime.steps import (
-    MicroBatch,
-    count_steps,
-    evaluate,
-    expert_meters,
-    is_due,
-    learning_rate_at,
-    set_learning_rate,
-    training_steps,
-)
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model, given_sizes, make_engine, open_data, run_training
+from trainer.runtime.steps import MicroBatch
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 START = "rlhf, else full_sft"
@@ -95,11 +85,11 @@ def pick_start(args: argparse.Namespace) -> str:
     )
 
 
-def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
-    """The sums of a held-out batch: the weighted loss, and -log p of the targets (ce) with their number."""
+def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """Of a held-out batch: the sum of the weighted losses; that of - log p (ce), and how many targets it is over."""
     losses = model(**batch.inputs, return_logits=False).token_losses  # (B, T)
     weighted = losses * batch.extra["weights"]
-    return {"loss": weighted.sum(), "ce": losses.sum(), "count": (batch.inputs["labels"] != IGNORED).sum()}
+    return {"loss": weighted.sum(), "ce": (losses.sum(), (batch.inputs["labels"] != IGNORED).sum())}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,45 +118,19 @@ def main(args: argparse.Namespace) -> None:
     # 3. Data: packed rows of whole conversations, labels on the answers and a weight for each label
     kind = partial(ReasonDataset, **tags)
     train_set, val_set = open_data(kind, "r1_mix_1024.jsonl", "reason.jsonl", tokenizer, run)
-    total_steps = count_steps(train_set, run)
-    run.describe(model, train_set, total_steps)
+    run.plan(model, train_set)
 
-    # 4. Optimizer; the engine replicates the model over the processes of the launch
-    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    engine = make_engine(model, optimizer, run, total_steps)
-    run.begin(engine, train_set, total_steps)
-
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
-    with run.guard(lambda: save(engine, run, train_set)):
-        for step in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
-            set_learning_rate(optimizer, learning_rate)
-
-            for batch in step.batches:
-                with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**batch.inputs, return_logits=False, equal_weights=False)
-                    losses = output.token_losses * batch.extra["weights"]  # (B, T)
-                    loss = losses.sum() / step.targets  # the sum of the weights of the whole step
-                    run.add(batch, losses, step.targets)
-                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
-                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
-                    engine.backward(loss)
-
-            grad_norm = engine.clip_grad_norm(args.grad_clip)
-            if run.accept_step(grad_norm, train_set):
-                engine.step()
-            engine.zero_grad()
-
-            # 6. Evaluate, log, save: what a checkpoint holds has been told
-            evaluating = is_due(step.number, args.eval_interval, total_steps)
-            if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
-                if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, held_out, step.number == total_steps, tokenizer)
-                    meters["val_ce"] /= meters.pop("val_count")  # both came divided by the sum of weights
-                run.log(step.number, meters)
-            if is_due(step.number, args.save_interval, total_steps):
-                save(engine, run, train_set)
+    # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    engine = make_engine(model, run)
+    with run.training({"model": engine}, train_set, val_set, held_out, tokenizer) as steps:
+        for step in steps:
+            for batch in step.micro_batches(engine):
+                output = engine(**batch.inputs, return_logits=False, equal_weights=False)
+                losses = output.token_losses * batch.extra["weights"]  # (B, T)
+                loss = losses.sum() / step.targets  # W: the weights of the whole step
+                step.note(batch, output, losses)
+                engine.backward(loss + step.balance(output, batch))
+            engine.update(args.grad_clip)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 3 --weight {run.weights}")
 

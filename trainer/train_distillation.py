@@ -36,19 +36,9 @@ from model.LMConfig import PRESETS
 from model.loading import find_weights, load_model, load_tokenizer, missing
 from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, positions_from_mask, shifted_targets, visible_keys
 from trainer.runtime.flags import COUNT, common_parser, number
-from trainer.runtime.optimizers import build_optimizer
-from trainer.runtime.run import Run, run_training, save
-from trainer.runtime.start import build_model, make_engine, open_data, weights_file_hash
-from trainer.runtime.steps import (
-    MicroBatch,
-    count_steps,
-    evaluate,
-    expert_meters,
-    is_due,
-    learning_rate_at,
-    set_learning_rate,
-    training_steps,
-)
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash
+from trainer.runtime.steps import MicroBatch
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
 WHOLE_LOGITS = 5  # the student's, the teacher's, the gradient in chunks and joined; what a chunk takes beside these
@@ -197,50 +187,23 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Data: packed rows of whole conversations, labels on the answers
     train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", tokenizer, run)
-    total_steps = count_steps(train_set, run)
-    run.describe(student, train_set, total_steps, WHOLE_LOGITS)
+    run.plan(student, train_set, WHOLE_LOGITS)
 
-    # 4. Optimizer; the engine replicates the student over the processes of the launch
-    optimizer = build_optimizer(student, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    engine = make_engine(student, optimizer, run, total_steps)
-    run.begin(engine, train_set, total_steps)
+    # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    engine = make_engine(student, run)
     totals = partial(held_out, teacher, args.alpha, args.temperature)
-
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
-    with run.guard(lambda: save(engine, run, train_set)):
-        for step in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
-            set_learning_rate(optimizer, learning_rate)
-
-            for batch in step.batches:
+    with run.training({"model": engine}, train_set, val_set, totals, tokenizer) as steps:
+        for step in steps:
+            for batch in step.micro_batches(engine):
                 targets = find_targets(batch)
                 with run.autocast():
                     teacher_logits = teach(teacher, batch, targets)  # (N, V)
-                with engine.micro_step(last=batch is step.batches[-1]):
-                    output = read(engine, batch, targets)
-                    losses, ce, kl = losses_at_targets(
-                        output.logits, teacher_logits, targets, args.alpha, args.temperature
-                    )
-                    loss = losses.sum() / step.targets
-                    run.add(batch, losses, step.targets, ce=ce.sum(), kl=kl.sum())
-                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
-                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
-                    engine.backward(loss)
-
-            grad_norm = engine.clip_grad_norm(args.grad_clip)
-            if run.accept_step(grad_norm, train_set):
-                engine.step()
-            engine.zero_grad()
-
-            # 6. Evaluate, log, save: what a checkpoint holds has been told
-            evaluating = is_due(step.number, args.eval_interval, total_steps)
-            if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
-                if evaluating and val_set:
-                    meters |= evaluate(student, val_set, run, totals, step.number == total_steps, tokenizer)
-                run.log(step.number, meters)
-            if is_due(step.number, args.save_interval, total_steps):
-                save(engine, run, train_set)
+                output = read(engine, batch, targets)
+                losses, ce, kl = losses_at_targets(output.logits, teacher_logits, targets, args.alpha, args.temperature)
+                loss = losses.sum() / step.targets
+                step.note(batch, output, losses, ce=ce.sum(), kl=kl.sum())
+                engine.backward(loss + step.balance(output, batch))
+            engine.update(args.grad_clip)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 7 --weight {run.weights}")
 

@@ -32,19 +32,9 @@ from model.loading import TRAINED_BY, find_weights, load_tokenizer
 from model.model_lora import DEFAULT_RANK, DEFAULT_TARGETS, attach, save_lora, target_names
 from trainer.runtime.distributed import world_size
 from trainer.runtime.flags import COUNT, ROOT, common_parser, number
-from trainer.runtime.optimizers import build_optimizer
-from trainer.runtime.run import Run, run_training, save
-from trainer.runtime.start import build_model, make_engine, open_data, weights_file_hash
-from trainer.runtime.steps import (
-    MicroBatch,
-    count_steps,
-    evaluate,
-    expert_meters,
-    is_due,
-    learning_rate_at,
-    set_learning_rate,
-    training_steps,
-)
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash
+from trainer.runtime.steps import MicroBatch
 
 EMBEDDED = ("lora_identity", "lora_medical")  # adapters that dataset/demo/ has data for
 MIN_STEPS = 20  # of an epoch
@@ -132,41 +122,18 @@ def main(args: argparse.Namespace) -> None:
     train_set, val_set = open_data(SFTDataset, f"{args.lora_name}.jsonl", f"{args.lora_name}.jsonl", tokenizer, run)
     if free:
         take_small_steps(run, len(train_set))
-    total_steps = count_steps(train_set, run)
-    run.describe(model, train_set, total_steps)
+    run.plan(model, train_set)
 
-    # 4. Optimizer of the adapter; the engine replicates the model over the processes of the launch
-    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    engine = make_engine(model, optimizer, run, total_steps)
-    run.begin(engine, train_set, total_steps)
-
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
-    with run.guard(lambda: save(engine, run, train_set, write)):
-        for step in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
-            set_learning_rate(optimizer, learning_rate)
-
-            for batch in step.batches:
-                with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**batch.inputs, return_logits=False)
-                    loss = output.token_losses.sum() / step.targets
-                    run.add(batch, output.token_losses, step.targets)
-                    engine.backward(loss)
-
-            grad_norm = engine.clip_grad_norm(args.grad_clip)
-            if run.accept_step(grad_norm, train_set):
-                engine.step()
-            engine.zero_grad()
-
-            # 6. Evaluate, log, save: what a checkpoint holds has been told
-            evaluating = is_due(step.number, args.eval_interval, total_steps)
-            if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
-                if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, answer_loss, step.number == total_steps, tokenizer)
-                run.log(step.number, meters)
-            if is_due(step.number, args.save_interval, total_steps):
-                save(engine, run, train_set, write)
+    # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    engine = make_engine(model, run)
+    with run.training({"model": engine}, train_set, val_set, answer_loss, tokenizer, write=write) as steps:
+        for step in steps:
+            for batch in step.micro_batches(engine):
+                output = engine(**batch.inputs, return_logits=False)
+                loss = output.token_losses.sum() / step.targets
+                step.note(batch, output, output.token_losses)
+                engine.backward(loss)  # reaches the adapter alone
+            engine.update(args.grad_clip)
 
     print(f"wrote {run.weights}; try: python eval_model.py --weight {base} --lora_name {run.weights}")
 

@@ -22,19 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import PretrainDataset
 from model.loading import load_tokenizer
 from trainer.runtime.flags import common_parser
-from trainer.runtime.optimizers import build_optimizer
-from trainer.runtime.run import Run, run_training, save
-from trainer.runtime.start import build_model, make_engine, open_data
-from trainer.runtime.steps import (
-    MicroBatch,
-    count_steps,
-    evaluate,
-    expert_meters,
-    is_due,
-    learning_rate_at,
-    set_learning_rate,
-    training_steps,
-)
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model, make_engine, open_data, run_training
+from trainer.runtime.steps import MicroBatch
 
 
 def next_token_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -59,43 +49,18 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Data: packed rows
     train_set, val_set = open_data(PretrainDataset, "pretrain_hq.jsonl", "pretrain.jsonl", tokenizer, run)
-    total_steps = count_steps(train_set, run)
-    run.describe(model, train_set, total_steps)
+    run.plan(model, train_set)
 
-    # 4. Optimizer; the engine replicates the model over the processes of the launch
-    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    engine = make_engine(model, optimizer, run, total_steps)
-    run.begin(engine, train_set, total_steps)
-
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
-    with run.guard(lambda: save(engine, run, train_set)):
-        for step in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
-            set_learning_rate(optimizer, learning_rate)
-
-            for batch in step.batches:
-                with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(**batch.inputs, return_logits=False)
-                    loss = output.token_losses.sum() / step.targets
-                    run.add(batch, output.token_losses, step.targets)
-                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
-                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
-                    engine.backward(loss)
-
-            grad_norm = engine.clip_grad_norm(args.grad_clip)
-            if run.accept_step(grad_norm, train_set):
-                engine.step()
-            engine.zero_grad()
-
-            # 6. Evaluate, log, save: what a checkpoint holds has been told
-            evaluating = is_due(step.number, args.eval_interval, total_steps)
-            if evaluating or step.number % args.log_interval == 0:
-                meters = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
-                if evaluating and val_set:
-                    meters |= evaluate(model, val_set, run, next_token_loss, step.number == total_steps, tokenizer)
-                run.log(step.number, meters)
-            if is_due(step.number, args.save_interval, total_steps):
-                save(engine, run, train_set)
+    # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    engine = make_engine(model, run)
+    with run.training({"model": engine}, train_set, val_set, next_token_loss, tokenizer) as steps:
+        for step in steps:
+            for batch in step.micro_batches(engine):
+                output = engine(**batch.inputs, return_logits=False)
+                loss = output.token_losses.sum() / step.targets  # N: those of all micro-batches and processes
+                step.note(batch, output, output.token_losses)
+                engine.backward(loss + step.balance(output, batch))
+            engine.update(args.grad_clip)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 0 --weight {run.weights}")
 

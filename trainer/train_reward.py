@@ -33,19 +33,9 @@ from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.heads import MiniMindForScoring
 from model.loading import load_tokenizer
 from trainer.runtime.flags import common_parser, number
-from trainer.runtime.optimizers import build_optimizer
-from trainer.runtime.run import Run, run_training, save
-from trainer.runtime.start import build_model, make_engine, open_data
-from trainer.runtime.steps import (
-    MicroBatch,
-    count_steps,
-    evaluate,
-    expert_meters,
-    is_due,
-    learning_rate_at,
-    set_learning_rate,
-    training_steps,
-)
+from trainer.runtime.run import Run
+from trainer.runtime.start import build_model, make_engine, open_data, run_training
+from trainer.runtime.steps import MicroBatch
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -107,44 +97,19 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Data: packed rows of pairs, labels on the two answers
     train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", tokenizer, run)
-    total_steps = count_steps(train_set, run)
-    run.describe(model, train_set, total_steps)
+    run.plan(model, train_set)
 
-    # 4. Optimizer; the engine replicates the model over the processes of the launch
-    optimizer = build_optimizer(model, args.optimizer, run.learning_rate, args.weight_decay, run.dtype)
-    engine = make_engine(model, optimizer, run, total_steps)
-    run.begin(engine, train_set, total_steps)
-
-    # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
-    with run.guard(lambda: save(engine, run, train_set)):
-        for step in training_steps(train_set, run, total_steps):
-            learning_rate = learning_rate_at(step.schedule, run.schedule_steps, run.learning_rate, args.warmup_ratio)
-            set_learning_rate(optimizer, learning_rate)
-
-            for batch in step.batches:
-                with engine.micro_step(last=batch is step.batches[-1]):
-                    output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
-                    losses, centering, meters = preference_losses(output.scores, batch)
-                    loss = (losses + args.center * centering).sum() / step.targets
-                    run.add(batch, losses, step.targets, **meters)
-                    if output.aux_loss is not None:  # keep the experts of a mixture evenly loaded
-                        loss = loss + output.aux_loss * len(batch.rows) / step.rows
-                    engine.backward(loss)
-
-            grad_norm = engine.clip_grad_norm(args.grad_clip)
-            if run.accept_step(grad_norm, train_set):
-                engine.step()
-            engine.zero_grad()
-
-            # 6. Evaluate, log, save: what a checkpoint holds has been told
-            evaluating = is_due(step.number, args.eval_interval, total_steps)
-            if evaluating or step.number % args.log_interval == 0:
-                told = run.means() | {"lr": learning_rate, "grad_norm": float(grad_norm)} | expert_meters(output)
-                if evaluating and val_set:
-                    told |= evaluate(model, val_set, run, held_out, step.number == total_steps)
-                run.log(step.number, told)
-            if is_due(step.number, args.save_interval, total_steps):
-                save(engine, run, train_set)
+    # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
+    engine = make_engine(model, run)
+    with run.training({"model": engine}, train_set, val_set, held_out) as steps:
+        for step in steps:
+            for batch in step.micro_batches(engine):
+                output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
+                losses, centering, meters = preference_losses(output.scores, batch)
+                loss = (losses + args.center * centering).sum() / step.targets  # pairs of the whole step
+                step.note(batch, output, losses, **meters)
+                engine.backward(loss + step.balance(output, batch))
+            engine.update(args.grad_clip)
 
     print(f"wrote {run.weights}")
 

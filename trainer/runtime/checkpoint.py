@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,9 +24,10 @@ import torch
 from model.errors import InputError, UsageError
 from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
 from model.loading import weights_path, write_files
+from trainer.runtime.distributed import local_world_size, world_size
 
-FORMAT = 1  # raised when an older reader would misunderstand the file
-KEYS = {"format", "config", "place", "identity", "weights", "optimizer", "scaler", "random"}
+FORMAT = 2  # raised when an older reader would misunderstand the file
+KEYS = {"format", "config", "engines", "extra", "place", "identity", "random"}
 
 
 def checkpoint_path(out_dir: Path, weights: Path) -> Path:
@@ -47,16 +49,14 @@ def find_checkpoint(
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def write_checkpoint(
-    path: Path, state: dict[str, Any], config: MiniMindConfig, place: dict, identity: dict, rng: list
-) -> None:
+def write_checkpoint(path: Path, config: MiniMindConfig, parts: dict[str, Any]) -> None:
     """Write what a run is made of; a kill or a full disk at any moment leaves the former file whole.
 
-    state: what Engine.state() gives; place: counters of the run; identity: what a resumed run must agree with;
-    rng: the random states of all ranks.
+    config: of the model that is the stage's; parts: engines (what Engine.state() gives, by name), extra (other state by
+    name), place (counters of the run), identity (what a resumed run must agree with), random (states of all ranks).
     """
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
-    content = {"format": FORMAT, "config": fields, "place": place, "identity": identity, "random": rng, **state}
+    content = {"format": FORMAT, "config": fields, **parts}
     write_files({path: lambda file: torch.save(content, file)})
 
 
@@ -64,6 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint; its tensors stay on disk until they are used."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = upgrade(content) if content.get("format") == 1 else content
         whole = content.keys() >= KEYS
     except PermissionError:
         raise
@@ -76,6 +77,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads up to {FORMAT}: update MiniMind")
     return content
+
+
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of format 1, which had one model, in today's form."""
+    engine = {key: content.pop(key) for key in ("weights", "optimizer", "scaler")}
+    place = content["place"]
+    sums, told_at = place["meters"]  # sums of means over steps
+    meters = {name: (total, place["step"] - told_at) for name, total in sums.items()}
+    return {**content, "engines": {"model": engine}, "extra": {}, "place": {**place, "meters": meters}}
+
+
+def check_parts(path: Path, saved: dict[str, Any], engines: dict[str, Any], extra: dict[str, Any]) -> None:
+    """InputError unless a checkpoint has the engines, of these sizes, and the extra state of the run."""
+    for kind, parts in ("engines", engines), ("extra", extra):
+        if saved[kind].keys() != parts.keys():
+            raise InputError(f"{path} holds {sorted(saved[kind])}, this stage has {sorted(parts)}: resume its own file")
+    for name, engine in engines.items():
+        shapes = {key: tuple(weight.shape) for key, weight in saved["engines"][name]["weights"].items()}
+        if shapes != engine.shapes():
+            raise InputError(f"{path} was written with another size of the {name}: start it from the same weights")
 
 
 def agree(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -108,7 +129,13 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-# ------------------------------------------------------------------------------------------------------- the self-test
+def resume_command() -> str:
+    """What to type to go on with the run that this process was started for."""
+    if world_size() > local_world_size():
+        return "start it on all machines as before, with --from_resume 1"
+    launcher = ["python"] if world_size() == 1 else ["torchrun", "--nproc_per_node", str(local_world_size())]
+    flags = without(sys.argv[1:], "--from_resume", "--local_rank")
+    return shlex.join([*launcher, sys.argv[0], *flags, "--from_resume", "1"])
 
 
 def without(flags: list[str], *names: str) -> list[str]:
@@ -121,6 +148,8 @@ def without(flags: list[str], *names: str) -> list[str]:
             kept.append(flag)
     return kept
 
+
+# ------------------------------------------------------------------------------------------------------- the self-test
 
 VERIFY_STEPS = 12
 VERIFY_KILLS = 4

@@ -15,7 +15,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the 
 
 class DeepSpeedEngine:
     """The model trained through deepspeed.initialize; its calls are those of engine.py, and so is state()."""
+
+    skipped_in_a_row = 0
+    grad_norm: Tensor | float = 0.0
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, run):
         self.model, self.optimizer, self.run = model, optimizer, run
@@ -73,20 +76,31 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the gradient, take the step and clear the gradient, which are one call to DeepSpeed -> the norm it had.
+    def update(self, max_norm: float) -> None:
+        """Clip the gradient, take the step and clear the gradient, which are one call to DeepSpeed.
 
         Where the gradient is not finite DeepSpeed has skipped the step, and the norm is infinite.
         """
         self.zero.clip_grad = max_norm
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm())
+        self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        self.run.accepts(self)
 
-    def step(self) -> None:
-        """Nothing: clip_grad_norm has taken the step."""
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
-    def zero_grad(self) -> None:
-        """Nothing: clip_grad_norm has cleared the gradient."""
+    def gathered(self) -> AbstractContextManager:
+        """Around what reads the weights of self.model as a whole; stage 3 brings their pieces together for it."""
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters(list(self.model.parameters()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the whole weights, by name."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def state(self) -> dict:
@@ -276,8 +290,8 @@ def complete(settings: dict[str, Any], args: Namespace, dtype: torch.dtype) -> d
     kept = {key: value for key, value in settings.items() if key not in {*OURS, *PRECISIONS, "torch_autocast"}}
     kept |= {key: value for key, (_, value) in flags.items()}
     kept |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    kept["zero_optimization"] = {**settings["zero_optimization"], "compute_grad_norm": True}  # Run.accept_step reads it
-    kept.setdefault("steps_per_print", 10**9)  # Run.log tells how far it is
+    kept["zero_optimization"] = {**settings["zero_optimization"], "compute_grad_norm": True}  # update() reads it
+    kept.setdefault("steps_per_print", 10**9)  # the run's log tells how far it is
     if dtype == torch.bfloat16:  # the empty list: gradients cross the ranks in float32
         kept["torch_autocast"] = {"enabled": True, "dtype": precision, "lower_precision_safe_modules": []}
     if dtype == torch.float16:

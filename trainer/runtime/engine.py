@@ -2,17 +2,15 @@
 
 All three have the same calls, so that a script reads alike whatever it was started with:
 
-    with engine.micro_step(last):                   gradients cross the ranks once a step, in the last micro-batch
-        output = engine(**inputs)                   forward, in the run's precision
+    for batch in step.micro_batches(engine):        gradients cross the ranks once a step, in the last micro-batch
+        output = engine(**batch.inputs)             forward, in the run's precision
         engine.backward(loss)
-    grad_norm = engine.clip_grad_norm(1.0)
-    engine.step(); engine.zero_grad()
+    engine.update(1.0)                              clip to this norm, step unless it is not finite, clear
 
-Gradients are means over the ranks, so a loss is divided by the targets of the step per rank (Step.targets).
+Gradients are means over the ranks, so a loss is divided by the targets of the step per rank (Update.targets).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,10 @@ from trainer.runtime.distributed import world_size
 class Engine:
     """Plain PyTorch: one process, or one of several replicas that agree on every gradient."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, run, compiled: bool):
+    skipped_in_a_row = 0  # updates whose gradient was not finite, up to now
+    grad_norm: Tensor | float = 0.0  # of the last update, before it was clipped
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, run, compiled: bool = False):
         self.model, self.optimizer, self.run = model, optimizer, run
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.net = replicate(model, run) if world_size() > 1 else model
@@ -34,26 +35,33 @@ class Engine:
         with self.run.autocast():
             return self.net(**inputs)
 
-    @contextmanager
-    def micro_step(self, last: bool) -> Iterator[None]:
+    def micro_step(self, last: bool) -> AbstractContextManager:
         """Around the forward and backward of a micro-batch; gradients are exchanged in the last one alone."""
-        with nullcontext() if last or world_size() == 1 else self.net.no_sync():
-            yield
+        return nullcontext() if last or world_size() == 1 else self.net.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale the gradient down to this norm (0: leave it) -> the norm it had, the same on every rank."""
+    def update(self, max_norm: float) -> None:
+        """Scale the gradient down to this norm (0: leave it), take the step unless it is not finite, clear it."""
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or float("inf"))
-
-    def step(self) -> None:
-        self.scaler.step(self.optimizer)
-
-    def zero_grad(self) -> None:
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or float("inf"))
+        if self.run.accepts(self):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def gathered(self) -> AbstractContextManager:
+        """Around what reads the weights of self.model as a whole: they lie here in one piece already."""
+        return nullcontext()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights, by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
 
     def state(self) -> dict:
         """Float32 weights and optimizer state by parameter name, on the CPU; every rank has to call it."""

@@ -5,6 +5,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from model.errors import UsageError
 from model.LMConfig import PRESETS
 from trainer.runtime.devices import DTYPES
 
@@ -177,3 +180,21 @@ def add_weight_flags(parser: argparse.ArgumentParser, stage: str, stages: list[s
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps, cpu (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights (default: auto)")
     group.add_argument("--debug", **SWITCH, default=False, help="show tracebacks of errors")
+
+
+def choose_defaults(args: argparse.Namespace, device: torch.device) -> None:
+    """Fill in the flags whose default depends on the device or on other flags."""
+    on_cpu = device.type == "cpu"
+    if args.accumulation_steps is None:
+        args.accumulation_steps = 2 if on_cpu and args.batch_size is None else 1
+    args.batch_size = args.batch_size or (4 if on_cpu else 32)
+    if args.num_workers is None:
+        args.num_workers = int(device.type == "cuda")
+    rates = args.default_learning_rates
+    if args.deepspeed and args.optimizer == "muon":
+        raise UsageError(
+            "--optimizer muon needs whole matrices, which ZeRO cuts up: use --optimizer adamw with --deepspeed"
+        )
+    args.optimizer = args.optimizer or ("adamw" if args.deepspeed else next(iter(rates)))
+    if args.learning_rate is None:  # 0 counts as given
+        args.learning_rate = rates[args.optimizer]

@@ -1,5 +1,8 @@
 """How much memory a run will need at its peak, told before its first step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -89,3 +92,17 @@ def check_memory(model: nn.Module, run, whole_logits: int = 0) -> None:
         f"batch size {run.batch_size} with rows of {run.args.max_seq_len} needs about {needed * share / 2**30:.1f} GB, "
         f"and {free / 2**30:.1f} GB are free: {advice}"
     )
+
+
+@contextmanager
+def told_memory(run) -> Iterator[None]:
+    """Memory exhausted within ends with what to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            f"out of memory at batch size {run.batch_size}: try --batch_size {max(run.batch_size // 2, 1)} "
+            f"--accumulation_steps {run.args.accumulation_steps * 2}, or a smaller --max_seq_len"
+        ) from error

@@ -1,24 +1,49 @@
-"""What a run starts with: its model, its data, its engine."""
+"""How a stage script starts: its process, model, engine and data."""
 
 import argparse
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import PackedDataset, file_hash
+from model.errors import InputError, run_script
 from model.LMConfig import MiniMindConfig
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer, weights_path
 from model.model_minimind import MiniMindForCausalLM
-from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint
+from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint, verify_resume
 from trainer.runtime.devices import pick_device, pick_dtype
-from trainer.runtime.distributed import local_main_first
+from trainer.runtime.distributed import is_lost_peer, launched_rank, local_main_first, stop_processes
 from trainer.runtime.engine import Engine
 from trainer.runtime.flags import ROOT
+from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
+
+
+def run_training(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """How a training script starts: main(args), --verify_resume in its place; one sentence for an error, no hang.
+
+    A process that only lost its peer says so last: the peer's own sentence is the one to read.
+    """
+
+    def start(args: argparse.Namespace) -> None:
+        try:
+            verify_resume(args) if args.verify_resume else main(args)
+        except Exception as error:
+            if launched_rank() != 0 or is_lost_peer(error):
+                time.sleep(3)  # rank 0 may be saying the same; the launcher ends us when another rank has died
+            if is_lost_peer(error):
+                raise InputError("another process of this run ended; its own message says why") from error
+            raise
+        stop_processes()
+
+    run_script(parse_args, start)
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
 
 
 def given_sizes(args: argparse.Namespace) -> dict[str, int]:
@@ -90,19 +115,28 @@ def resumed_model(path: Path, args: argparse.Namespace, run: Run) -> MiniMindFor
     return MiniMindForCausalLM(config)
 
 
-def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, total_steps: int) -> Engine:
-    """The engine that the flags and the launcher ask for: plain, replicated, or DeepSpeed's."""
-    if run.args.deepspeed is not None:
+def make_engine(model: nn.Module, run: Run, learning_rate: float | None = None) -> Engine:
+    """A model with its optimizer, at this peak learning rate (default: --learning_rate).
+
+    The engine is the one that flags and launcher ask for: plain, replicated over the processes, or DeepSpeed's.
+    """
+    args = run.args
+    rate = run.learning_rate if learning_rate is None else learning_rate
+    optimizer = build_optimizer(model, args.optimizer, rate, args.weight_decay, run.dtype)
+    if args.deepspeed is not None:
         from trainer.runtime.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, optimizer, run)
-    return Engine(model, optimizer, run, compiled=wants_compile(run, total_steps - run.step))
+    return Engine(model, optimizer, run, compiled=wants_compile(run))
 
 
-def wants_compile(run: Run, steps: int) -> bool:
+def wants_compile(run: Run) -> bool:
     """torch.compile where it pays: on CUDA, and where its minute of compiling is won back."""
-    wanted = run.args.use_compile
+    wanted, steps = run.args.use_compile, run.total_steps - run.step
     return wanted == "1" or (wanted == "auto" and run.device.type == "cuda" and steps >= 500)
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
 
 
 def weights_file_hash(path: Path) -> str:
