@@ -45,6 +45,10 @@ def log_of(out_dir, name="pretrain_64"):
     return [json.loads(line) for line in (out_dir / "logs" / f"{name}.jsonl").read_text().splitlines()]
 
 
+def log_name(case):
+    return f"{CASES[case][0]}_64" + "_moe" * (case == "mixture")
+
+
 # ------------------------------------------------------------------------------------------------------ equal weights
 
 CASES = {
@@ -53,6 +57,13 @@ CASES = {
     "sft muon": ("full_sft", ["--optimizer=muon"]),
     "sft adamw": ("full_sft", ["--optimizer=adamw"]),
     "mixture": ("pretrain", ["--optimizer=muon", "--use_moe"]),
+}
+LOSSES = {  # of steps 1, 4, 7, 10: what these runs were before the loop was shared
+    "pretrain muon": [8.819031, 7.840414, 6.880593, 6.152702],
+    "pretrain adamw": [8.819031, 8.202056, 7.748288, 7.443571],
+    "sft muon": [8.817713, 8.496423, 8.125099, 7.889226],
+    "sft adamw": [8.817713, 8.639524, 8.447205, 8.360010],
+    "mixture": [8.771598, 7.832412, 6.908177, 6.205764],
 }
 SPLITS = {"1 x 8": (1, 8, 1), "1 x 4 x 2": (1, 4, 2), "2 x 4": (2, 4, 1), "2 x 2 x 2": (2, 2, 2)}
 
@@ -85,8 +96,8 @@ def test_weights_do_not_depend_on_how_a_step_is_split(case, splits):
 
 @pytest.mark.parametrize("case", CASES)
 def test_meters_do_not_depend_on_how_a_step_is_split(case, splits):
-    """Loss and gradient norm of the whole step, tokens of all ranks; held-out numbers shared among the ranks."""
-    name = {"pretrain": "pretrain_64", "full_sft": "full_sft_64"}[CASES[case][0]] + "_moe" * (case == "mixture")
+    """Loss, gradient norm, expert load of the whole step, tokens of all ranks; held-out numbers shared among them."""
+    name = log_name(case)
     one = log_of(splits[case]["1 x 8"][1], name)
     assert [record["step"] for record in one] == list(range(1, STEPS + 1))
     assert [record["step"] for record in one if "val_loss" in record] == [5, 10]
@@ -95,6 +106,13 @@ def test_meters_do_not_depend_on_how_a_step_is_split(case, splits):
             assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
             for key in {"loss", "grad_norm", "val_loss", "val_bpb"} & a.keys():
                 assert a[key] == pytest.approx(b[key], rel=2e-5), (split, key)
+            assert a.get("peak_expert_load") == b.get("peak_expert_load"), split  # a count of tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_recorded(case, splits):
+    losses = [line["loss"] for line in log_of(splits[case]["1 x 8"][1], log_name(case))]
+    assert losses[::3] == pytest.approx(LOSSES[case], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +201,7 @@ def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(data, tmp_path, splits
     assert again.err() == ""  # torch warns of nothing either
     assert "resumed after step" in again.out()
     checkpoints = [
-        torch.load(folder / "checkpoints" / "pretrain_64_resume.pth", weights_only=True)
+        torch.load(folder / "checkpoints" / "pretrain_64_resume.pth", weights_only=True)["engines"]["model"]
         for folder in (splits["pretrain muon"]["2 x 4"][1], tmp_path)
     ]
     for key in "weights", "optimizer":
