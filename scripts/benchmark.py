@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import IGNORED, PretrainDataset, SFTDataset
 from model.errors import UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
@@ -49,7 +50,6 @@ from model.loading import check_vocab, load_tokenizer
 from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
 from scripts.benchmark_generate import __doc__ as generate_doc
 from scripts.benchmark_generate import add_generate_flags, benchmark_generate
-from scripts.make_demo_data import ensure_demo_data
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype, synchronize
 from trainer.runtime.flags import COUNT, ROOT, SWITCH, number
 from trainer.runtime.optimizers import build_optimizer

@@ -33,13 +33,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from dataset.chat import encode_prompt
+from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import read_jsonl
 from model.errors import InputError, UsageError
 from model.generation import Engine, Request
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer
 from model.model_minimind import MiniMindForCausalLM
-from scripts.make_demo_data import ensure_demo_data
 from trainer.runtime.devices import pick_device, synchronize
 from trainer.runtime.flags import COUNT, SWITCH, number
 

@@ -1,13 +1,13 @@
-"""scripts/scoring.py: what counts as right and as a thought with an answer, and whose answers are scored."""
+"""dataset/scoring.py: what counts as right and as a thought with an answer, and whose answers are scored."""
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from dataset import scoring
 from dataset.chat import encode_prompt
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
-from scripts import scoring
 
 
 @pytest.mark.parametrize(
