@@ -197,15 +197,18 @@ def best_seconds(work: Callable[[], object], device: torch.device, repeats: int 
 
 
 def machine_limits(device: torch.device) -> tuple[float, float]:
-    """Bytes per second that a sum reads, and flop/s of a large product, at best of float32 and bfloat16."""
+    """Bytes per second that a sum reads, and flop/s of a large product in the faster of float32 and bfloat16."""
     numbers = torch.ones(128 * 2**20, dtype=torch.float32, device=device)  # 512 MB, more than any cache
     bandwidth = numbers.nbytes / best_seconds(numbers.sum, device)
     size = 8192 if device.type == "cuda" else 2048
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def rate(dtype: torch.dtype, size: int) -> float:
         a = torch.randn(size, size, device=device).to(dtype)
-        rates.append(2 * size**3 / best_seconds(lambda a=a: a @ a, device, repeats=2))
-    return bandwidth, max(rates)
+        return 2 * size**3 / best_seconds(lambda: a @ a, device, repeats=2)
+
+    # A small product tells which: some CPUs take minutes for a large one in bfloat16.
+    faster = max((torch.float32, torch.bfloat16), key=lambda dtype: rate(dtype, size // 4))
+    return bandwidth, rate(faster, size)
 
 
 def least_step_seconds(
