@@ -309,6 +309,13 @@ def benchmark_generate(args: argparse.Namespace) -> None:
         raise UsageError("--natural needs a trained model, that ends its replies: give --weight")
     model, tokenizer = open_weights(args), load_tokenizer()
     check_vocab(tokenizer, model.config)
+    work = [make_prompts(args, tokenizer, batch) for batch in args.batch]
+    longest, context = max(len(ids) for prompts in work for ids in prompts), model.config.max_position_embeddings
+    if longest + args.new_tokens > context:  # the engine would end there, generate would not
+        raise UsageError(
+            f"prompts of up to {longest} tokens with --new_tokens {args.new_tokens} pass the context of {context}: "
+            f"lower --new_tokens or {'take shorter --prompts' if args.natural else '--prompt_tokens'}"
+        )
     limits = machine_limits(model.device)
     bandwidth, peak = limits
     print(
@@ -317,8 +324,8 @@ def benchmark_generate(args: argparse.Namespace) -> None:
     )
     report = {"torch": torch.__version__, "device": str(model.device), "threads": torch.get_num_threads()}
     report |= {"bandwidth": bandwidth, "peak": peak, "figures": {}}
-    for batch in args.batch:
-        figures = measure(args, model, make_prompts(args, tokenizer, batch), limits)
+    for batch, prompts in zip(args.batch, work, strict=True):
+        figures = measure(args, model, prompts, limits)
         print_figures(batch, figures)
         report["figures"][batch] = figures
     if args.json:

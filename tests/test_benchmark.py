@@ -255,6 +255,12 @@ def test_limits_count_what_a_step_reads_and_multiplies():
 def test_generate_refuses_what_it_cannot_measure(tmp_path):
     with pytest.raises(UsageError, match="--weight"):
         benchmark.main(parse_args(["generate", "--natural"]))
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=32))
+    model.save_pretrained(tmp_path / "short")
+    short = ["generate", f"--weight={tmp_path / 'short'}", "--batch=1", "--device=cpu", "--prompt_tokens=27"]
+    with pytest.raises(UsageError, match="27 tokens with --new_tokens 6 pass the context of 32: lower --new_tokens or"):
+        benchmark.main(parse_args([*short, "--new_tokens=6"]))
+    benchmark.main(parse_args([*short, "--new_tokens=5", "--rounds=1"]))
     gguf = ["--batch=1", "--preset=minimind2-small", f"--gguf={tmp_path / 'none.gguf'}"]
     with pytest.raises(InputError, match=r"llama-cpp-python|none\.gguf does not exist"):
         benchmark.main(parse_args(["generate", *gguf]))
