@@ -32,6 +32,7 @@ from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 from trainer.runtime.start import given_sizes
 
 STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
+ANSWER = 256  # tokens of an answer at most, where nobody says
 BEGINNINGS = ["法国的首都是", "The capital of Japan is", "水的化学", "春天来了，", "Once upon a time"]
 QUESTIONS = [  # what the demo data teach, then what users of MiniMind have long compared their models by
     "你是谁？", "法国的首都是哪里？", "金的元素符号是什么？", "7 加 8 等于多少？", "手被烫伤了怎么办？",
@@ -73,9 +74,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=number(int, 0),
         help="earlier messages that a question carries along, questions and answers (default: all)",
     )
-    add("--max_new_tokens", type=COUNT, default=256, help="tokens of an answer at most (default: 256)")
+    add(
+        "--max_new_tokens",
+        type=COUNT,
+        help=f"tokens of an answer at most (default: {ANSWER}, or what the context has left behind the prompt)",
+    )
     add("--max_seq_len", type=COUNT, help="tokens of conversation and answer at most (default: the model's context)")
-    add("--truncate", default=False, **SWITCH, help="leave the oldest messages out where the conversation does not fit")
+    add(
+        "--truncate", default=False, **SWITCH,
+        help="leave out the oldest messages until there is room for --max_new_tokens; where that is not given, for "
+        f"{ANSWER} or half the context, or for what the last question alone leaves",
+    )  # fmt: skip
     add("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token (default: 0.7)")
     add("--top_p", type=number(float, 0.01, 1), default=0.9, help="sample from this share of the probability (0.9)")
     add("--top_k", type=number(int, 0), default=0, help="sample from so many tokens (default: 0, all)")
@@ -195,7 +204,7 @@ def answer(
     """
     request = Request(
         fitting_prompt(engine, tokenizer, turns, args),
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens or ANSWER, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
         min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=sample_seed(args.seed, number),
     )  # fmt: skip
     ids: list[int] = []
@@ -212,24 +221,33 @@ def answer(
 
 
 def fitting_prompt(engine: Engine, tokenizer, turns: list[str], args: argparse.Namespace) -> list[int]:
-    """The token ids of all turns; with --truncate, of as many of the last ones as leave room for the answer."""
-    room = engine.context - args.max_new_tokens
-    roles = ("user", "assistant")
-    for start in range(0, len(turns), 2):
-        if args.model_mode == 0:
-            ids = [tokenizer.bos_token_id, *tokenizer(turns[-1], add_special_tokens=False).input_ids]
-        else:
-            kept = turns[start:]
-            chat = [{"role": roles[i % 2], "content": text} for i, text in enumerate(kept)]
-            ids = encode_prompt(tokenizer, chat, enable_thinking=args.reasoning)
-        if len(ids) <= room:
-            return ids
-        if not args.truncate:
-            break
+    """The token ids of all turns; with --truncate, of as many of the last ones as leave room for the answer.
+
+    An answer of --max_new_tokens must fit whole. Where that is not given, the context may end the answer.
+    """
+    named, context = args.max_new_tokens, engine.context
+    wanted, least = named or min(ANSWER, context // 2), named or 1
+    ids = prompt_ids(tokenizer, turns, args)
+    while args.truncate and len(ids) + wanted > context and len(turns) > 1:
+        turns = turns[2:]
+        ids = prompt_ids(tokenizer, turns, args)
+    if len(ids) + least <= context:
+        return ids
+    helps = len(turns) > 1 and len(prompt_ids(tokenizer, turns[-1:], args)) + least <= context
     raise InputError(
-        f"the prompt has {len(ids)} tokens; with --max_new_tokens {args.max_new_tokens} that passes the context of "
-        f"{engine.context}: shorten it{'' if args.truncate or len(turns) < 2 else ' or give --truncate'}"
+        f"the prompt has {len(ids)} tokens"
+        + (f"; with --max_new_tokens {named} that passes" if named else ", which leaves no room for an answer in")
+        + f" the context of {context}: shorten it{' or give --truncate' if helps else ''}"
     )
+
+
+def prompt_ids(tokenizer, turns: list[str], args: argparse.Namespace) -> list[int]:
+    """The token ids before the reply to the last of the turns; a pretrained model continues that one alone."""
+    if args.model_mode == 0:
+        return [tokenizer.bos_token_id, *tokenizer(turns[-1], add_special_tokens=False).input_ids]
+    roles = ("user", "assistant")
+    chat = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return encode_prompt(tokenizer, chat, enable_thinking=args.reasoning)
 
 
 def pieces(engine: Engine, request: Request, ids: list[int]) -> Iterator[str]:

@@ -33,13 +33,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from dataset.chat import encode_prompt
+from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import read_jsonl
 from model.errors import InputError, UsageError
 from model.generation import Engine, Request
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_model, load_tokenizer
 from model.model_minimind import MiniMindForCausalLM
-from scripts.make_demo_data import ensure_demo_data
 from trainer.runtime.devices import pick_device, synchronize
 from trainer.runtime.flags import COUNT, SWITCH, number
 
@@ -197,15 +197,18 @@ def best_seconds(work: Callable[[], object], device: torch.device, repeats: int 
 
 
 def machine_limits(device: torch.device) -> tuple[float, float]:
-    """Bytes per second that a sum reads, and flop/s of a large product, at best of float32 and bfloat16."""
+    """Bytes per second that a sum reads, and flop/s of a large product in the faster of float32 and bfloat16."""
     numbers = torch.ones(128 * 2**20, dtype=torch.float32, device=device)  # 512 MB, more than any cache
     bandwidth = numbers.nbytes / best_seconds(numbers.sum, device)
     size = 8192 if device.type == "cuda" else 2048
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def rate(dtype: torch.dtype, size: int) -> float:
         a = torch.randn(size, size, device=device).to(dtype)
-        rates.append(2 * size**3 / best_seconds(lambda a=a: a @ a, device, repeats=2))
-    return bandwidth, max(rates)
+        return 2 * size**3 / best_seconds(lambda: a @ a, device, repeats=2)
+
+    # A small product tells which: some CPUs take minutes for a large one in bfloat16.
+    faster = max((torch.float32, torch.bfloat16), key=lambda dtype: rate(dtype, size // 4))
+    return bandwidth, rate(faster, size)
 
 
 def least_step_seconds(
@@ -306,6 +309,13 @@ def benchmark_generate(args: argparse.Namespace) -> None:
         raise UsageError("--natural needs a trained model, that ends its replies: give --weight")
     model, tokenizer = open_weights(args), load_tokenizer()
     check_vocab(tokenizer, model.config)
+    work = [make_prompts(args, tokenizer, batch) for batch in args.batch]
+    longest, context = max(len(ids) for prompts in work for ids in prompts), model.config.max_position_embeddings
+    if longest + args.new_tokens > context:  # the engine would end there, generate would not
+        raise UsageError(
+            f"prompts of up to {longest} tokens with --new_tokens {args.new_tokens} pass the context of {context}: "
+            f"lower --new_tokens or {'take shorter --prompts' if args.natural else '--prompt_tokens'}"
+        )
     limits = machine_limits(model.device)
     bandwidth, peak = limits
     print(
@@ -314,8 +324,8 @@ def benchmark_generate(args: argparse.Namespace) -> None:
     )
     report = {"torch": torch.__version__, "device": str(model.device), "threads": torch.get_num_threads()}
     report |= {"bandwidth": bandwidth, "peak": peak, "figures": {}}
-    for batch in args.batch:
-        figures = measure(args, model, make_prompts(args, tokenizer, batch), limits)
+    for batch, prompts in zip(args.batch, work, strict=True):
+        figures = measure(args, model, prompts, limits)
         print_figures(batch, figures)
         report["figures"][batch] = figures
     if args.json:

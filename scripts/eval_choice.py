@@ -235,9 +235,12 @@ def letter_logprobs(model, tokenizer, prompts: list[str], batch_size: int) -> to
     """
     rows = [encode_letters(tokenizer, prompt) for prompt in prompts]
     limit = model.config.max_position_embeddings
-    longest = max(len(row[0][0]) for row in rows)
+    longest = max(len(ids) - 1 for row in rows for ids, _ in row)  # the last token is scored, not read
     if longest > limit:
-        raise InputError(f"a prompt has {longest} tokens, more than the context of {limit}: take fewer --shots")
+        raise InputError(
+            f"a prompt has {longest} tokens, more than the context of {limit}: "
+            "take fewer --shots, or leave its subject out with --subjects"
+        )
     scores = torch.empty(len(rows), len(LETTERS))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0][0]))  # similar lengths together
     for begin in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=None):

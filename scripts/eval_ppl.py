@@ -61,7 +61,10 @@ def main(args: argparse.Namespace) -> None:
     if args.by_position:
         report = by_position(args, model, tokenizer, trained)
     else:
-        report = on_file(args, model, tokenizer, args.max_seq_len or trained)
+        context = model.config.max_position_embeddings
+        if (args.max_seq_len or 0) > context:
+            raise InputError(f"rows of {args.max_seq_len} tokens pass the context of {context}: lower --max_seq_len")
+        report = on_file(args, model, tokenizer, args.max_seq_len or min(trained, context))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"weights": str(path), **report}, indent=2) + "\n", encoding="utf-8")

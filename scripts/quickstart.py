@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import read_jsonl
+from dataset.scoring import answer_all, is_right, reasoned_answer, score_by
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer
 from model.model_lora import find_lora, merge_lora
-from scripts.make_demo_data import ensure_demo_data
-from scripts.scoring import answer_all, is_right, reasoned_answer, score_by
 from trainer.runtime.devices import pick_device
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 

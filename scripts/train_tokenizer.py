@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.chat import DEFAULT_SYSTEM_PROMPT, ROLES, TAGS, TOOLS_PREFIX, TOOLS_SUFFIX, chat_template
+from dataset.demo_data import ensure_demo_data
 from model.errors import InputError, UsageError, run_script
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -221,8 +222,6 @@ def default_data() -> Path:
     path = ROOT / "dataset" / "tokenizer_train.jsonl"
     if path.is_file():
         return path
-    from scripts.make_demo_data import ensure_demo_data
-
     demo = ensure_demo_data() / "pretrain.jsonl"
     print(f"{path} is absent: learning from the embedded {demo}")
     return demo

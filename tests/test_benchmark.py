@@ -11,8 +11,9 @@ from model.generation import Engine
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from scripts import benchmark, benchmark_generate
-from scripts.benchmark import Product, Step, Trainer, model_products, parse_args
+from scripts import benchmark, benchmark_generate, benchmark_train
+from scripts.benchmark import parse_args
+from scripts.benchmark_train import Product, Step, Trainer, model_products
 
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--device", "cpu", "--dtype", "float32"]
 
@@ -71,7 +72,7 @@ def test_products_equal_the_matrix_products_that_run():
 def test_each_product_can_be_timed(layout, batch):
     product = Product(batch, 8, 16, 24, layout)
     assert product.flops == 2 * batch * 8 * 16 * 24
-    assert benchmark.time_product(product, torch.float32, torch.device("cpu")) > 0
+    assert benchmark_train.time_product(product, torch.float32, torch.device("cpu")) > 0
 
 
 def test_padding_is_never_counted(folder):
@@ -102,12 +103,12 @@ def test_active_dense_has_the_active_parameters_of_the_mixture(preset):
     sizes = []
     for flags in ([], ["--active_dense"]):
         with torch.device("meta"):
-            model = MiniMindForCausalLM(benchmark.make_config(parse_args(["train", "--preset", preset, *flags])))
-        sizes.append(benchmark.active_parameters(model))
+            model = MiniMindForCausalLM(benchmark_train.make_config(parse_args(["train", "--preset", preset, *flags])))
+        sizes.append(benchmark_train.active_parameters(model))
     assert sizes[1] == sum(p.numel() for p in model.parameters())
     assert abs(sizes[0] / sizes[1] - 1) < 0.01
     with pytest.raises(UsageError, match="--active_dense"):
-        benchmark.make_config(parse_args(["train", "--active_dense"]))
+        benchmark_train.make_config(parse_args(["train", "--active_dense"]))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -140,7 +141,7 @@ def test_against_takes_the_same_flags_and_more_on_top():
 def test_ratio_is_taken_round_by_round():
     first = [Step(1.0, 100, 0, 0), Step(1.0, 300, 0, 0), Step(2.0, 400, 0, 0)]
     second = [Step(1.0, 100, 0, 0), Step(1.0, 100, 0, 0), Step(1.0, 50, 0, 0)]
-    assert benchmark.compare(first, second) == {"ratio": 3.0, "ratio_min": 1.0, "ratio_max": 4.0}
+    assert benchmark_train.compare(first, second) == {"ratio": 3.0, "ratio_min": 1.0, "ratio_max": 4.0}
 
 
 def test_script_prints_a_table_and_writes_json(run_script, folder, tmp_path):
@@ -254,6 +255,12 @@ def test_limits_count_what_a_step_reads_and_multiplies():
 def test_generate_refuses_what_it_cannot_measure(tmp_path):
     with pytest.raises(UsageError, match="--weight"):
         benchmark.main(parse_args(["generate", "--natural"]))
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=32))
+    model.save_pretrained(tmp_path / "short")
+    short = ["generate", f"--weight={tmp_path / 'short'}", "--batch=1", "--device=cpu", "--prompt_tokens=27"]
+    with pytest.raises(UsageError, match="27 tokens with --new_tokens 6 pass the context of 32: lower --new_tokens or"):
+        benchmark.main(parse_args([*short, "--new_tokens=6"]))
+    benchmark.main(parse_args([*short, "--new_tokens=5", "--rounds=1"]))
     gguf = ["--batch=1", "--preset=minimind2-small", f"--gguf={tmp_path / 'none.gguf'}"]
     with pytest.raises(InputError, match=r"llama-cpp-python|none\.gguf does not exist"):
         benchmark.main(parse_args(["generate", *gguf]))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import InputError
-from scripts import make_demo_data as demo
-from scripts.demo_templates import (
+from dataset import demo_data as demo
+from dataset.demo_templates import (
     LANGUAGES,
     base_items,
     is_held_out,
@@ -24,6 +23,7 @@ from scripts.demo_templates import (
     render,
     two_steps,
 )
+from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("sft", "dpo", "reason", "rlaif", "lora_identity", "lora_medical")
@@ -326,10 +326,24 @@ def test_ensure_makes_once_and_repairs(tmp_path, capsys, monkeypatch):
     assert "made the demo data" in capsys.readouterr().out and (folder / "mine.txt").read_text() == "kept"
 
 
+def test_the_hash_covers_tables_phrasings_and_every_module_that_makes_the_data(monkeypatch):
+    read, read_bytes = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or read_bytes(path))
+    demo.source_hash(0)
+    code = "import sys; before = set(sys.modules); import dataset.demo_data; print(*sorted({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = [name for name in done.stdout.split() if name.startswith("dataset.")]
+    assert modules == ["dataset.demo_data", "dataset.demo_templates"]
+    assert read == {
+        *(ROOT / "dataset" / "facts").iterdir(),
+        *(ROOT / f"{name.replace('.', '/')}.py" for name in modules),
+    }
+
+
 def test_two_processes_ensure_at_once(tmp_path, folder):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from scripts.make_demo_data import ensure_demo_data, is_current\n"
+        "from dataset.demo_data import ensure_demo_data, is_current\n"
         "assert is_current(ensure_demo_data(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "demo")]

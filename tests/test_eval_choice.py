@@ -79,6 +79,19 @@ def test_letter_logprobs_equal_single_forward_passes(model, tokenizer):
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
+def test_a_prompt_may_fill_the_context_and_not_pass_it(tokenizer):
+    prompts = ["短？\n答案：", "一个很长很长的问题？\n答案：" * 5]
+    length = len(tokenizer(prompts[1], add_special_tokens=False).input_ids)
+    for context in (length, length - 1):
+        config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=context)
+        model = MiniMindForCausalLM(config).eval()
+        if context == length:
+            assert eval_choice.letter_logprobs(model, tokenizer, prompts, batch_size=2).isfinite().all()
+        else:
+            with pytest.raises(InputError, match=f"{length} tokens, more than the context of {context}.*--subjects"):
+                eval_choice.letter_logprobs(model, tokenizer, prompts, batch_size=2)
+
+
 def test_letters_of_several_tokens_after_unequal_prefixes(model):
     """A vocabulary that spells a letter with two tokens is scored by the sum of both."""
     row = [([5, 6, 7, 8], 2), ([5, 6, 7, 9], 2), ([5, 6, 10, 8], 2), ([5, 6, 11], 2)]

@@ -1,17 +1,20 @@
-"""eval_model.py: modes, folders, history, context, thoughts, figures at the end."""
+"""eval_model.py: answers, typing, modes, folders, history, context, thoughts, figures at the end."""
 
+import io
+import os
 import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ROOT, ends, start
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_model
 from dataset.chat import encode_prompt
 from dataset.lm_dataset import file_hash
-from model.errors import run_script
+from model.errors import InputError
 from model.LMConfig import MiniMindConfig
 from model.loading import load_model, load_tokenizer, save_weights
 from model.model_lora import attach, export_peft, load_lora, save_lora
@@ -42,13 +45,7 @@ def run(weights, capsys):
     """run(flags) -> (exit code, stdout, stderr)."""
 
     def run(*flags):
-        argv = [f"--out_dir={weights}", "--device=cpu", "--max_new_tokens=6", *flags]
-        code = 0
-        try:
-            run_script(lambda: eval_model.parse_args(argv), eval_model.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return ends(eval_model, [f"--out_dir={weights}", "--device=cpu", "--max_new_tokens=6", *flags], capsys)
 
     return run
 
@@ -70,6 +67,105 @@ def typing(monkeypatch):
         return seen
 
     return type_these
+
+
+def ask(weights, capsys, *flags):
+    """What eval_model prints behind its first lines."""
+    common = [f"--out_dir={weights}", "--device=cpu", "--dtype=float32", "--max_new_tokens=8"]
+    code, out, err = ends(eval_model, [*common, *flags], capsys)
+    assert (code, err) == (0, "")
+    header, answer = out.split("\n\n", 1)
+    return header, answer
+
+
+@pytest.mark.parametrize(("mode", "stage"), [(0, "pretrain"), (1, "full_sft")])
+def test_prompt_answers_with_the_weights_of_the_mode(mode, stage, weights, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    header, answer = ask(weights, capsys, f"--model_mode={mode}", "--prompt=Hello")
+    assert f"{stage}_64.pth" in header and "0.9M parameters" in header and answer.strip()
+
+
+def test_weight_path_wins_over_the_mode(weights, capsys):
+    header, answer = ask(weights, capsys, f"--weight={weights / 'pretrain_64.pth'}", "--prompt=Hello")
+    assert "pretrain_64.pth" in header and answer.strip()
+
+
+def test_sampling_repeats_with_its_seed_and_greedy_always(weights, capsys):
+    one, again, other = (ask(weights, capsys, "--prompt=Hello", f"--seed={seed}")[1] for seed in (1, 1, 2))
+    assert one == again != other
+    one, other = (ask(weights, capsys, "--prompt=Hello", "--temperature=0", f"--seed={seed}")[1] for seed in (1, 2))
+    assert one == other
+
+
+def test_greedy_answer_is_that_of_the_model(weights, capsys, tokenizer):
+    """The printed text is the argmax continuation of the prompt that dataset/chat.py builds."""
+    from model.loading import load_model
+
+    model, _ = load_model(weights / "full_sft_64.pth")
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+    begin = len(ids)
+    while len(ids) < begin + 8 and ids[-1] != tokenizer.eos_token_id:
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    _, answer = ask(weights, capsys, "--prompt=Hello", "--temperature=0")
+    assert answer.strip()
+    assert answer.strip() == tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_automatic_test_where_nobody_can_answer(mode, weights, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    _, out = ask(weights, capsys, f"--model_mode={mode}", "--max_new_tokens=2")
+    prompts = eval_model.QUESTIONS if mode else eval_model.BEGINNINGS
+    assert [line[2:] for line in out.splitlines() if line.startswith("> ")] == prompts
+
+
+def test_typing_keeps_the_turns(weights, capsys, monkeypatch):
+    lines, prompts = iter(["1", "Hello", "Again", ""]), []
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(
+        eval_model, "encode_prompt", lambda t, turns, **keys: prompts.append(turns) or encode_prompt(t, turns, **keys)
+    )
+    ask(weights, capsys)
+    assert [[turn["role"] for turn in turns] for turns in prompts] == [["user"], ["user", "assistant", "user"]]
+    assert [turns[-1]["content"] for turns in prompts] == ["Hello", "Again"]
+
+
+@pytest.mark.parametrize("script", [["0"], [], ["1"], ["1", "Hello"]])
+def test_end_of_input_leaves(script, weights, capsys, monkeypatch):
+    """Ctrl-D at any question; "0" chooses the automatic test."""
+    lines = iter(script)
+
+    def type_line(*_):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    _, out = ask(weights, capsys, "--max_new_tokens=2")
+    assert ("> " + eval_model.QUESTIONS[0] in out) == (script[:1] != ["1"])
+
+
+def test_typing_on_a_terminal(weights):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    flags = [f"--out_dir={weights}", "--device=cpu", "--max_new_tokens=3"]
+    process = start([ROOT / "eval_model.py", *flags], stdin=theirs)
+    os.write(ours, b"1\nHello\nAnd again\n\n")
+    out, err = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0 and "Traceback" not in err
+    assert "[0] automatic test, [1] type: " in out and out.count("> ") == 3
+
+
+def test_prompt_beyond_the_context_is_refused(weights, capsys):
+    flags = [f"--out_dir={weights}", "--device=cpu", "--prompt=" + "word " * 600]
+    code, _, err = ends(eval_model, flags, capsys)
+    assert code == 1 and err.startswith("error: the prompt has") and "512" in err
 
 
 @pytest.mark.parametrize("mode", range(8))
@@ -185,6 +281,99 @@ def test_truncate_leaves_whole_messages_out(run, typing):
 def test_a_single_message_that_is_too_long(run):
     code, _, err = run("--max_seq_len=20", "--truncate", "--prompt=" + "long " * 50)
     assert code == 1 and err.count("\n") == 1 and "context of 20: shorten it" in err
+
+
+@pytest.fixture
+def plain(weights, capsys, monkeypatch):
+    """plain(flags) -> (exit code, the engine's requests, stderr), with no --max_new_tokens among the flags."""
+    requests, stream = [], eval_model.Engine.stream
+    monkeypatch.setattr(eval_model.Engine, "stream", lambda *args: requests.append(args[1]) or stream(*args))
+
+    def run(*flags):
+        requests.clear()
+        code, _, err = ends(eval_model, [f"--out_dir={weights}", "--device=cpu", "--temperature=0", *flags], capsys)
+        return code, requests, err
+
+    return run
+
+
+def test_a_reply_ends_with_the_context_unless_its_length_is_named(plain, monkeypatch, tokenizer):
+    drawn = []
+    pieces = eval_model.pieces
+    monkeypatch.setattr(eval_model, "pieces", lambda e, r, ids: drawn.append(ids) or pieces(e, r, ids))
+    length = len(encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]))
+    for left in (1, 9):
+        code, _, err = plain("--prompt=Hello", f"--max_seq_len={length + left}")
+        assert (code, err) == (0, "") and len(drawn[-1]) == left
+    named = f"--max_seq_len={length + 9}"
+    assert plain("--prompt=Hello", named, "--max_new_tokens=9")[0] == 0 and len(drawn[-1]) == 9
+    code, requests, err = plain("--prompt=Hello", named, "--max_new_tokens=10")
+    sentence = f"the prompt has {length} tokens; with --max_new_tokens 10 that passes the context of {length + 9}"
+    assert code == 1 and not requests and err == f"error: {sentence}: shorten it\n"
+
+
+def test_without_a_context_that_ends_it_a_reply_has_256_tokens(plain):
+    code, (request,), _ = plain("--prompt=Hello")
+    assert code == 0 and request.max_new_tokens == 256
+
+
+@pytest.mark.parametrize("flags", [[], ["--truncate"]])
+def test_a_prompt_that_fills_the_context_is_refused(flags, plain, tokenizer):
+    length = len(encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]))
+    for context in (length, length - 1, 1):
+        code, requests, err = plain("--prompt=Hello", f"--max_seq_len={context}", *flags)
+        sentence = f"the prompt has {length} tokens, which leaves no room for an answer in the context of {context}"
+        assert code == 1 and not requests and err == f"error: {sentence}: shorten it\n"
+
+
+def test_the_automatic_test_runs_in_a_short_context(plain, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    monkeypatch.setattr(eval_model, "QUESTIONS", eval_model.QUESTIONS[:3])
+    code, requests, err = plain("--max_seq_len=100")
+    assert (code, err) == (0, "") and len(requests) == 3
+
+
+def fits(tokenizer, texts, context, *flags):
+    """The prompt that eval_model makes of the turns, as text, or its complaint."""
+    try:
+        ids = eval_model.fitting_prompt(
+            SimpleNamespace(context=context), tokenizer, texts, eval_model.parse_args([*flags])
+        )
+    except InputError as error:
+        return str(error)
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_truncate_makes_room_for_the_answer_where_it_can(size, tokenizer):
+    """Of three questions all stay, two, or the last alone; a conversation of the first size is short of 256 tokens."""
+    words = ["first", "second", "third"]
+    texts = [f"{words[0]} " * size, "one", f"{words[1]} " * size, "two", f"{words[2]} " * size]
+    lengths = [len(eval_model.prompt_ids(tokenizer, texts[i:], eval_model.parse_args([]))) for i in (0, 2, 4)]
+
+    def kept(context, *flags):
+        prompt = fits(tokenizer, texts, context, *flags)
+        return [word for word in words if f"{word} {word}" in prompt]
+
+    for first in (0, 1):  # half of the context, or 256 tokens where that is less
+        enough = lengths[first] + min(lengths[first] - 1, 256)
+        assert kept(enough, "--truncate") == words[first:]
+        assert kept(enough - 1, "--truncate") == words[first + 1 :]
+        assert kept(lengths[first] + 9, "--truncate", "--max_new_tokens=9") == words[first:]
+        assert kept(lengths[first] + 8, "--truncate", "--max_new_tokens=9") == words[first + 1 :]
+    assert (lengths[0] < 256) == (size == 20)
+    assert kept(lengths[2] + 1, "--truncate") == words[2:]  # less is left, and enough
+    assert kept(lengths[0] + 1) == words  # nothing is left out unasked
+
+
+def test_truncate_is_advised_where_it_helps(tokenizer):
+    texts = ["first " * 20, "one", "third " * 20]
+    whole, last = (len(eval_model.prompt_ids(tokenizer, texts[i:], eval_model.parse_args([]))) for i in (0, 2))
+    assert fits(tokenizer, texts, whole).endswith(f"in the context of {whole}: shorten it or give --truncate")
+    assert fits(tokenizer, texts, last).endswith(f"in the context of {last}: shorten it")
+    assert fits(tokenizer, texts, last, "--truncate").endswith(f"in the context of {last}: shorten it")
+    assert fits(tokenizer, texts, last + 9, "--max_new_tokens=9").endswith("shorten it or give --truncate")
+    assert fits(tokenizer, texts, last + 9, "--max_new_tokens=10").endswith(": shorten it")
 
 
 def test_figures_at_the_end(run, monkeypatch):

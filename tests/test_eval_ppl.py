@@ -76,6 +76,19 @@ def test_rows_of_the_trained_length_are_the_default(home, capsys):
     assert f"rows of {TRAINED}" in capsys.readouterr().out
 
 
+def test_rows_end_where_the_context_does(home, tmp_path, capsys):
+    """A row longer than the context is refused where it is asked for; the default never is."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=24))
+    keys = {"stage": "pretrain", "tokens_seen": 0, "data_path": "x", "data_hash": "x", "trained_length": TRAINED}
+    save_weights(model, tmp_path / "pretrain_64.pth", **keys)
+    weight = f"--weight={tmp_path / 'pretrain_64.pth'}"
+    report(home, home / "texts.jsonl", weight)
+    assert "rows of 24)" in capsys.readouterr().out
+    report(home, home / "texts.jsonl", weight, "--max_seq_len=24")
+    with pytest.raises(InputError, match="rows of 25 tokens pass the context of 24: lower --max_seq_len"):
+        report(home, home / "texts.jsonl", weight, "--max_seq_len=25")
+
+
 def test_loss_by_position(home, tokenizer):
     """Each point is the mean over the windows; the YaRN curve is that of the stretched model; the curve is drawn."""
     png = home / "curve.png"

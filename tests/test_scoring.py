@@ -1,13 +1,13 @@
-"""scripts/scoring.py: what counts as right and as a thought with an answer, and whose answers are scored."""
+"""dataset/scoring.py: what counts as right and as a thought with an answer, and whose answers are scored."""
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from dataset import scoring
 from dataset.chat import encode_prompt
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
-from scripts import scoring
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,13 @@ def test_answers_are_the_likeliest_tokens_of_each_question_alone(tokenizer):
         alone.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     assert scoring.answer_all(model, tokenizer, rows, batch_size=3, max_new_tokens=6) == alone
     assert len(set(alone)) > 1
+
+
+def test_answers_end_with_the_context(tokenizer):
+    rows = [{"conversations": [{"role": role, "content": "Why?"} for role in ("user", "assistant")]}]
+    length = len(encode_prompt(tokenizer, rows[0]["conversations"][:1]))
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, max_position_embeddings=length + 2)
+    torch.manual_seed(3)
+    model = MiniMindForCausalLM(config).eval()
+    (cut,) = scoring.answer_all(model, tokenizer, rows)
+    assert [cut] == scoring.answer_all(model, tokenizer, rows, max_new_tokens=2)

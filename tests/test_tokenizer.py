@@ -257,7 +257,7 @@ def test_missing_file_and_bad_flags(tmp_path, capsys):
 
 
 def test_default_data_falls_back_to_the_demo_text_with_a_line(tmp_path, monkeypatch, capsys):
-    from scripts.make_demo_data import ensure_demo_data
+    from dataset.demo_data import ensure_demo_data
 
     ensure_demo_data()
     capsys.readouterr()

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import PackedDataset, file_hash
 from model.errors import InputError, run_script
 from model.LMConfig import MiniMindConfig
@@ -151,8 +152,6 @@ def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) ->
     """The training file and the held-out file (or None): the flags', else dataset/<default>, else the embedded data."""
     train = args.data_path or ROOT / "dataset" / default_name
     if args.data_path is None and not train.exists():
-        from scripts.make_demo_data import ensure_demo_data
-
         train = ensure_demo_data() / demo_name
         print(f"dataset/{default_name} is not there: training on the embedded data, {train}")
     held_out = train.with_name(f"{train.stem}_val{train.suffix}")

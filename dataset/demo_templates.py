@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-FACTS_DIR = Path(__file__).resolve().parents[1] / "dataset" / "facts"
+FACTS_DIR = Path(__file__).resolve().parent / "facts"
 LANGUAGES = ("zh", "en")
 COMPUTED_TABLES = ("sums", "products")
 ROWS_IN_BOTH_LANGUAGES = 10

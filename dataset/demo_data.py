@@ -1,0 +1,313 @@
+"""Compiles the fact tables of dataset/facts into the demo data: every training format, each with a held-out split.
+
+The held-out questions are phrased as no training row is, and carry the answer that a response must contain.
+The files depend on the tables, the phrasings, this module, demo_templates.py and the seed alone.
+"""
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from dataset.demo_templates import (
+    FACTS_DIR,
+    LANGUAGES,
+    Item,
+    Row,
+    base_items,
+    oriented,
+    problem_rows,
+    read_items,
+    render,
+    rude_answers,
+    sum_rows,
+    turns,
+)
+from model.errors import InputError
+
+DEFAULT_OUT = Path(__file__).resolve().parent / "demo"
+IDENTITY_REPEATS = 6  # a handful of facts that everybody asks for
+SYSTEM_PROMPTS = {
+    "zh": ("你是一个乐于助人的助手。", "只回答答案。"),
+    "en": ("You are a helpful assistant.", "Give only the answer."),
+}
+
+
+def reply(item: Item, rng: random.Random) -> str:
+    """An answer sentence; the first form of a relation is the usual one."""
+    first, *others = item.relation.answers
+    return render(rng.choice(others) if others and rng.random() < 0.25 else first, item)
+
+
+def question_row(item: Item, conversation: list[dict[str, str]]) -> Row:
+    """A row whose last question asks for the item."""
+    relation = item.relation
+    return {
+        "conversations": conversation,
+        "answer": item.answer,
+        "relation": relation.name,
+        "language": relation.language,
+    }
+
+
+def by_relation(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
+    """Items grouped by relation and language."""
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.relation.name, item.relation.language), []).append(item)
+    return groups
+
+
+def pretrain_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
+    """Short documents: sentences about one row of a table, one to three at a time, and some questions with answers."""
+    by_subject: dict[tuple, list[str]] = {}
+    documents = []
+    for item in items:
+        language, (_, table, row) = item.relation.language, item.fact
+        sentences = by_subject.setdefault((language, table, row, item.subject), [])
+        sentences += [render(text, oriented(item, rng)) for text in item.relation.texts]
+        if rng.random() < 0.5:
+            question, answer = ("问：", "答：") if language == "zh" else ("Q: ", "A: ")
+            asked = oriented(item, rng)
+            documents.append(
+                f"{question}{render(rng.choice(item.relation.questions), asked)}\n{answer}{reply(asked, rng)}"
+            )
+    for (language, *_), sentences in by_subject.items():
+        rng.shuffle(sentences)
+        while sentences:
+            size = rng.choice((1, 1, 1, 2, 3))
+            documents.append(("" if language == "zh" else " ").join(sentences[:size]))
+            del sentences[:size]
+    documents += arithmetic_documents(items, 600, rng)
+    rng.shuffle(documents)
+    return [{"text": document} for document in documents]
+
+
+def arithmetic_documents(items: tuple[Item, ...], count: int, rng: random.Random) -> list[str]:
+    """Lists of ten sums or products in random order: the cheapest way to learn the tables by heart."""
+    documents = []
+    for table, sign in (("sums", "+"), ("products", "×")):
+        facts = [item for item in items if item.fact[1] == table and item.relation.language == "zh"]
+        for number in range(count // 2):
+            space, comma = (("", "，"), (" ", ", "))[number % 2]
+            chosen = [oriented(item, rng).slots for item in rng.sample(facts, 10)]
+            documents.append(comma.join(f"{x['x']}{space}{sign}{space}{x['y']}{space}={space}{x['a']}" for x in chosen))
+    return documents
+
+
+def pretrain_val_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
+    """Every fact once, in a wording that no training document uses."""
+    return [{"text": render(rng.choice(item.relation.held_out_texts), oriented(item, rng))} for item in items]
+
+
+def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
+    """Every fact in each training phrasing once, one to five in a conversation (which pays for one system turn)."""
+    peers = by_relation(items)
+    rows = sum_rows(300, rng, held_out=False)
+    for language in LANGUAGES:
+        queue = [
+            (item, question)
+            for item in items
+            if item.relation.language == language
+            for question in item.relation.questions
+            for _ in range(IDENTITY_REPEATS if item.relation.name.startswith("identity") else 1)
+        ]
+        rng.shuffle(queue)
+        while queue:
+            size = rng.choice((1, 2, 3, 5))
+            chosen, queue = queue[:size], queue[size:]
+            contents = []
+            for item, question in chosen:
+                last = oriented(item, rng)
+                contents += [render(question, last), reply(last, rng)]
+            if last.relation.follow_ups and rng.random() < 0.06:
+                last = rng.choice([peer for peer in peers[last.relation.name, language] if peer.fact != last.fact])
+                contents += [render(rng.choice(last.relation.follow_ups), last), reply(last, rng)]
+            rows.append(question_row(last, with_system_turn(last, turns(*contents), rng)))
+    rng.shuffle(rows)
+    return rows
+
+
+def with_system_turn(item: Item, conversation: list[dict[str, str]], rng: random.Random) -> list[dict[str, str]]:
+    """A small share of conversations opens with a system turn; one kind of it asks for the bare answer."""
+    if rng.random() > 0.03:
+        return conversation
+    helpful, bare = SYSTEM_PROMPTS[item.relation.language]
+    if len(conversation) == 2 and rng.random() < 0.5:
+        return [{"role": "system", "content": bare}, conversation[0], {"role": "assistant", "content": item.answer}]
+    return [{"role": "system", "content": helpful}, *conversation]
+
+
+def questions_rows(items: Iterable[Item], rng: random.Random, *, held_out: bool) -> list[Row]:
+    """Every item once, asked in one of its relation's held-out (or training) phrasings."""
+    rows = []
+    for item in items:
+        asked = oriented(item, rng)
+        question = rng.choice(item.relation.held_out if held_out else item.relation.questions)
+        rows.append(question_row(item, turns(render(question, asked), reply(asked, rng))))
+    return rows
+
+
+def dpo_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
+    """Right answers against a wrong fact (half of the rows), a rude answer or a repetitive one."""
+    peers = by_relation(items)
+    rows = []
+    rounds = [item for _ in range(-(-count // len(items))) for item in rng.sample(items, len(items))]
+    for number, item in enumerate(rounds[:count]):
+        relation, asked = item.relation, oriented(item, rng)
+        others = [peer for peer in peers[relation.name, relation.language] if item.answer not in peer.answer]
+        question = render(rng.choice(relation.held_out if held_out else relation.questions), asked)
+        good = render(rng.choice(relation.answers), asked)
+        if number % 2 == 0 and others:
+            wrong = rng.choice(others).slots["a"]
+            bad = render(relation.answers[0], replace(asked, slots={**asked.slots, "a": wrong}))
+        elif number % 4 == 1:
+            bad = rng.choice(rude_answers(relation.language))
+        else:
+            bad = ("" if relation.language == "zh" else " ").join([good] * rng.randint(3, 5))
+        rows.append({"chosen": turns(question, good), "rejected": turns(question, bad), "answer": item.answer})
+    return rows
+
+
+def reason_rows(count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
+    """Worked two-step problems, half in each language; held-out numbers occur in no training problem."""
+    rows = [row for language in LANGUAGES for row in rng.sample(problem_rows(language, held_out=held_out), count // 2)]
+    rng.shuffle(rows)
+    return rows
+
+
+def rlaif_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
+    """Prompts with a verifiable answer, half sums and half facts; the assistant turn is never learned."""
+    rows = sum_rows(count // 2, rng, held_out=held_out)
+    rows += questions_rows(rng.sample(items, count // 2), rng, held_out=held_out)
+    rng.shuffle(rows)
+    return [{**row, "conversations": turns(row["conversations"][0]["content"], "无")} for row in rows]
+
+
+def lora_rows(items: list[Item], others: Iterable[Item], rng: random.Random, *, answers: int) -> list[Row]:
+    """Every training question of a LoRA's small domain, with up to so many forms of its answer.
+
+    Between them stand the other items, each once: so the adapter learns where it should change nothing.
+    """
+    rows = questions_rows(others, rng, held_out=False)
+    for item in items:
+        forms = item.relation.answers
+        for question in item.relation.questions:
+            for form in rng.sample(forms, min(answers, len(forms))):
+                rows.append(question_row(item, turns(render(question, item), render(form, item))))
+    rng.shuffle(rows)
+    return rows
+
+
+def lora_val_rows(items: list[Item]) -> list[Row]:
+    """Every item of a LoRA's domain in each of its held-out phrasings."""
+    return [
+        question_row(item, turns(render(question, item), render(item.relation.answers[0], item)))
+        for item in items
+        for question in item.relation.held_out
+    ]
+
+
+def build(seed: int) -> dict[str, list[Row]]:
+    """All files of the demo data: name -> rows; each has its own random stream, so that none depends on another."""
+    items = base_items()
+    identity, medical = (
+        [item for language in LANGUAGES for item in read_items(sheet, language)]
+        for sheet in ("lora_identity", "lora_medical")
+    )
+    known = [item for item in items if not item.relation.name.startswith("identity")]
+    makers = {
+        "pretrain": lambda rng: pretrain_rows(items, rng),
+        "pretrain_val": lambda rng: pretrain_val_rows(items, rng),
+        "sft": lambda rng: sft_rows(items, rng),
+        "sft_val": lambda rng: questions_rows(items, rng, held_out=True),
+        "dpo": lambda rng: dpo_rows(items, 2400, rng, held_out=False),
+        "dpo_val": lambda rng: dpo_rows(items, 240, rng, held_out=True),
+        "reason": lambda rng: reason_rows(2400, rng, held_out=False),
+        "reason_val": lambda rng: reason_rows(200, rng, held_out=True),
+        "rlaif": lambda rng: rlaif_rows(items, 2400, rng, held_out=False),
+        "rlaif_val": lambda rng: rlaif_rows(items, 300, rng, held_out=True),
+        "lora_identity": lambda rng: lora_rows(identity, known, rng, answers=3),
+        "lora_identity_val": lambda rng: lora_val_rows(identity),
+        "lora_medical": lambda rng: lora_rows(medical, known, rng, answers=1),
+        "lora_medical_val": lambda rng: lora_val_rows(medical),
+    }
+    return {name: make(random.Random(f"{seed}:{name}")) for name, make in makers.items()}
+
+
+def source_hash(seed: int) -> str:
+    """Changes whenever the tables, the phrasings, the two modules that compile them or the seed change."""
+    here = Path(__file__).resolve().parent
+    paths = [*sorted(FACTS_DIR.glob("*.*")), here / "demo_data.py", here / "demo_templates.py"]
+    digest = hashlib.sha256(str(seed).encode())
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def encode_rows(rows: list[Row]) -> bytes:
+    """JSON lines, UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_files(out_dir: Path, files: dict[str, bytes]) -> None:
+    """Write into a temporary folder beside the files, then rename each: a reader sees a whole file, old or new."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".making") as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            for name in files:
+                os.replace(Path(folder) / name, out_dir / name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{out_dir}: the demo data cannot be written ({reason}): choose another --out_dir") from error
+
+
+def make_demo_data(out_dir: Path, seed: int = 0) -> dict:
+    """Build and write all files, the manifest last; returns the manifest."""
+    rows_of = build(seed)
+    files = {f"{name}.jsonl": encode_rows(rows) for name, rows in rows_of.items()}
+    entries = {
+        name: {"rows": content.count(b"\n"), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    items = base_items()
+    manifest = {
+        "source_hash": source_hash(seed),
+        "seed": seed,
+        "facts": len({item.fact for item in items}),
+        "items": len(items),
+        "items_by_relation": Counter(f"{item.relation.name} {item.relation.language}" for item in items),
+        "files": entries,
+    }
+    files["manifest.json"] = (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
+    write_files(out_dir, files)
+    return manifest
+
+
+def is_current(out_dir: Path) -> bool:
+    """Whether out_dir holds every file, whole, of the tables and modules as they are now, made with any seed."""
+    try:
+        manifest = json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
+        whole = all((out_dir / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+        return whole and manifest["source_hash"] == source_hash(manifest["seed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def ensure_demo_data(out_dir: str | Path | None = None) -> Path:
+    """Make the demo data where it is absent or older than its sources; returns the folder.
+
+    Two processes may do so at once: both write the same bytes, and each file is replaced whole, the manifest last.
+    """
+    folder = Path(out_dir) if out_dir is not None else DEFAULT_OUT
+    if not is_current(folder):
+        manifest = make_demo_data(folder)
+        print(f"made the demo data in {folder}: {manifest['facts']} facts, {len(manifest['files'])} files")
+    return folder

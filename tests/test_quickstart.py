@@ -1,0 +1,119 @@
+"""scripts/quickstart.py: from data to report, every later stage measured, taken up again, ended by a failure."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import chat, ends, write_rows
+
+from model.errors import InputError
+from scripts import quickstart
+
+
+def test_report_is_a_table_whatever_the_model_says():
+    gain = {"stage": "dpo", "measure": "m", "before": 0.5, "after": 0.875, "against": "chance", "seconds": 3.2}
+    report = {
+        "score": 0.5, "device": "cpu", "train_seconds": 61.0, "total_seconds": 70.4, "gains": [gain],
+        "by_language": {"en": [1, 2]}, "by_relation": {"capital": [1, 2]},
+    }  # fmt: skip
+    text = quickstart.format_report(report, [{"question": "a|b?", "answer": "one\ntwo | three", "right": False}])
+    assert "50.0% of 2 held-out questions right" in text and "| capital | 1 | 2 | 50% |" in text
+    assert "| a\\|b? | one two \\| three | wrong |" in text
+    assert "| dpo | m | 50.0% (chance) | 87.5% | 3.2 |" in text
+    assert all(line.replace("\\|", "").count("|") in (0, 4, 5, 6) for line in text.splitlines())
+
+
+def small_demo(demo):
+    """Four facts in every format."""
+    demo.mkdir()
+    facts = [("France", "Paris"), ("Japan", "Tokyo"), ("Italy", "Rome"), ("Spain", "Madrid")]
+    thought = "<think>\n{}.\n</think>\n<answer>\n{}\n</answer>"
+    chats = [chat(f"What is the capital of {a}?", f"{b}.") for a, b in facts]
+    held_out = [chat(f"{a}: capital?", f"{b}.") | {"answer": b, "language": "en", "relation": "city"} for a, b in facts]
+    pairs = [
+        {"chosen": row["conversations"], "rejected": [row["conversations"][0], {"role": "assistant", "content": "No."}]}
+        for row in chats
+    ]
+    write_rows(demo / "pretrain.jsonl", [{"text": f"The capital of {a} is {b}."} for a, b in facts])
+    for name in "sft", "lora_identity", "lora_medical":
+        write_rows(demo / f"{name}.jsonl", chats)
+        write_rows(demo / f"{name}_val.jsonl", held_out)
+    for suffix in "", "_val":
+        write_rows(demo / f"dpo{suffix}.jsonl", pairs)
+        rows = [chat(f"{a}?", thought.format(b, b)) | {"answer": b} for a, b in facts]
+        write_rows(demo / f"reason{suffix}.jsonl", rows)
+    return facts
+
+
+@pytest.fixture
+def small_quickstart(tmp_path, monkeypatch):
+    """Facts and the commands that quickstart runs: in this process, on four facts, with tiny models."""
+    demo, commands = tmp_path / "demo", []
+    facts = small_demo(demo)
+
+    def in_process(command, **keys):
+        commands.append(command)
+        module = importlib.import_module(f"trainer.{Path(command[1]).stem}")
+        module.main(module.parse_args(command[2:]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(quickstart, "ensure_demo_data", lambda: demo)
+    monkeypatch.setattr(quickstart, "CPU_SIZE", {"hidden_size": 64, "num_hidden_layers": 2})
+    monkeypatch.setattr(quickstart, "STUDENT", {"hidden_size": 32, "num_hidden_layers": 2})
+    monkeypatch.setattr(quickstart.subprocess, "run", in_process)
+    return facts, commands
+
+
+def test_quickstart_from_data_to_report(small_quickstart, tmp_path, capsys, monkeypatch):
+    facts, commands = small_quickstart
+    monkeypatch.setattr(quickstart, "is_right", lambda response, answer: answer in ("Paris", "Tokyo", "Rome"))
+    out_dir = tmp_path / "a place"
+    code, out, err = ends(quickstart, [f"--out_dir={out_dir}", "--device=cpu", "--seed=5"], capsys)
+    assert (code, err) == (0, "")
+    assert [Path(command[1]).name for command in commands] == ["train_pretrain.py", "train_full_sft.py"]
+    assert all("--seed=5" in command and command[0] == sys.executable for command in commands)
+    report = json.loads((out_dir / "quickstart.json").read_text(encoding="utf-8"))
+    assert report["score"] == 0.75 and report["by_language"] == {"en": [3, 4]} and report["device"] == "cpu"
+    assert [sample["question"] for sample in report["samples"]] == [f"{a}: capital?" for a, _ in facts]
+    assert (out_dir / "quickstart.md").read_text(encoding="utf-8") in out
+    assert f"--out_dir '{out_dir}'" in out  # the advice can be pasted
+    assert (out_dir / "full_sft_64.pth").exists()
+
+
+def test_quickstart_measures_every_later_stage(small_quickstart, tmp_path, capsys):
+    code, out, _ = ends(quickstart, [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--stages", "all"], capsys)
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "quickstart.json").read_text(encoding="utf-8"))
+    gains = {(gain["stage"], gain["measure"]): gain for gain in report["gains"]}
+    measures = {"lora": 4, "dpo": 2, "reward": 1, "distillation": 1, "reason": 2}
+    assert {stage: sum(key[0] == stage for key in gains) for stage in measures} == measures
+    assert all(0 <= gain[key] <= 1 for gain in gains.values() for key in ("before", "after"))
+    dpo = (tmp_path / "out" / "logs" / "rlhf_64.jsonl").read_text().splitlines()
+    preferred = gains["dpo", "pairs preferred rightly, against the start"]
+    assert (preferred["before"], preferred["after"]) == (0.5, json.loads(dpo[-1])["val_accuracy"])
+    assert gains["dpo", "general score"]["before"] == report["score"]
+    assert "starting from" in out and "rlhf_64.pth" in out.split("train_distill_reason.py")[1]
+    _, commands = small_quickstart
+    alone, taught = (command for command in commands if "train_distillation" in command[1])
+    assert [flag for flag in alone if flag not in taught] == ["--alpha=1"]  # the teacher is all that differs
+
+
+def test_quickstart_takes_up_where_it_was(small_quickstart, tmp_path, capsys):
+    _, commands = small_quickstart
+    flags = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    assert ends(quickstart, flags, capsys)[0] == 0
+    del commands[:]
+    assert ends(quickstart, [*flags, "--stages", "reward", "dpo"], capsys)[0] == 0
+    assert [Path(command[1]).name for command in commands] == ["train_dpo.py", "train_reward.py"]
+
+
+def test_quickstart_ends_when_a_stage_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "ensure_demo_data", lambda: tmp_path)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    code, _, err = ends(quickstart, [f"--out_dir={tmp_path}", "--device=cpu"], capsys)
+    assert code == 1 and err == "error: train_pretrain.py ended with exit code 1; its message stands above\n"
+    with pytest.raises(InputError):
+        quickstart.train("train_pretrain.py", [])
