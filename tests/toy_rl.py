@@ -117,10 +117,10 @@ def roll_out(sampler, step, group):
 def held_out(sampler, actor, model, batch):
     """The mean reward of held-out prompts, greedily."""
     prompts = [ids[mask > 0].tolist() for ids, mask in zip(*batch.inputs.values(), strict=True) if mask.any()]
+    greedy = {"max_new_tokens": REPLY, "stop_ids": [], "temperature": 0}
     with actor.gathered():
         sampler.refresh()
-    greedy = {"max_new_tokens": REPLY, "stop_ids": [], "temperature": 0}
-    results = sampler.generate([Request(prompt, **greedy) for prompt in prompts])
+        results = sampler.generate([Request(prompt, **greedy) for prompt in prompts])
     return {"reward": torch.tensor(sum(reward_of(torch.tensor(result.ids)).item() for result in results))}
 
 
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         for step in steps:
             with actor.gathered():
                 sampler.refresh()
-            rollout = roll_out(sampler, step, args.group)
+                rollout = roll_out(sampler, step, args.group)
             mask = rollout.inputs["labels"] >= 0  # (N, T)
             rewards = reward_of(rollout.inputs["input_ids"].masked_fill(~mask, 1)) * ROOM / REPLY  # (N,)
             trackers.add(rollout.extra["prompt"], rewards)

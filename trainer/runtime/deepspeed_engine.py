@@ -91,7 +91,7 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def gathered(self) -> AbstractContextManager:
-        """Around what reads the weights of self.model as a whole; stage 3 brings their pieces together for it."""
+        """Around what reads the weights outside a forward; stage 3 brings their pieces together for it."""
         if self.stage < 3:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters

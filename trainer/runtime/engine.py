@@ -56,7 +56,7 @@ class Engine:
             group["lr"] = rate
 
     def gathered(self) -> AbstractContextManager:
-        """Around what reads the weights of self.model as a whole: they lie here in one piece already."""
+        """Around what reads the weights outside a forward, as sampling does: they lie here whole already."""
         return nullcontext()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
