@@ -34,7 +34,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from dataset.chat import encode_prompt
 from dataset.demo_data import ensure_demo_data
-from dataset.lm_dataset import read_jsonl
+from dataset.rows import read_jsonl
 from model.errors import InputError, UsageError
 from model.generation import Engine, Request
 from model.LMConfig import PRESETS, MiniMindConfig

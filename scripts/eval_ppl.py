@@ -22,15 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from dataset.lm_dataset import (
-    PackedDataset,
-    PretrainDataset,
-    SFTDataset,
-    encode_texts,
-    read_jsonl,
-    row_text,
-    token_byte_counts,
-)
+from dataset.lm_dataset import PackedDataset, PretrainDataset, SFTDataset, encode_texts, token_byte_counts
+from dataset.rows import read_jsonl, row_text
 from model.errors import InputError, UsageError, run_script
 from model.loading import TRAINED_BY
 from trainer.runtime.flags import add_weight_flags, number

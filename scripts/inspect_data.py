@@ -27,12 +27,8 @@ from dataset.lm_dataset import (
     encode_texts,
     fit_answer,
     fit_conversation,
-    parse_line,
-    read_lines,
-    row_conversation,
-    row_pair,
-    row_text,
-)  # fmt: skip
+)
+from dataset.rows import parse_line, read_lines, row_conversation, row_pair, row_text  # fmt: skip
 from model.errors import InputError, run_script
 from model.loading import load_tokenizer
 from trainer.runtime.flags import ROOT, boolean, number

@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.demo_data import ensure_demo_data
-from dataset.lm_dataset import read_jsonl
+from dataset.rows import read_jsonl
 from dataset.scoring import answer_all, is_right, reasoned_answer, score_by
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer

@@ -14,10 +14,10 @@ from dataset.lm_dataset import (
     SFTDataset,
     fit_conversation,
     pack_rows,
-    read_jsonl,
     sum_by_pair,
     token_byte_counts,
 )
+from dataset.rows import read_jsonl
 from model.errors import InputError
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dataset.lm_dataset import BLANK, DPODataset, read_jsonl
+from dataset.lm_dataset import BLANK, DPODataset
+from dataset.rows import read_jsonl
 from model.errors import InputError, run_script
 from model.heads import MiniMindForScoring
 from model.LMConfig import MiniMindConfig
