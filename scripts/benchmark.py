@@ -46,7 +46,8 @@ from dataset.lm_dataset import IGNORED, PretrainDataset, SFTDataset
 from model.errors import UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_tokenizer
-from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
+from model.loss import LOSS_CHUNK
+from model.model_minimind import MiniMindForCausalLM
 from scripts.benchmark_generate import __doc__ as generate_doc
 from scripts.benchmark_generate import add_generate_flags, benchmark_generate
 from scripts.make_demo_data import ensure_demo_data
