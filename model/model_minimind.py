@@ -386,6 +386,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         equal_weights: bool = True,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        temperature: float = 1.0,
         **transformers_keys,
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
@@ -393,18 +394,22 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: logits of the last so many tokens only (0: of all), or of N tokens by row and column, two of
         (N,) -> (N, V). return_logits=False: none, and the losses are computed without ever holding (B, T, V) float32
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
-        hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by. The
-        other arguments are those of MiniMindModel.
+        hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
+        temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
+        returned are not divided. The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
         if labels is not None:
+            scaled = hidden if temperature == 1 else hidden / temperature
             token_losses, targets = next_token_losses(
-                hidden, self.lm_head.weight, labels, attention_mask, equal_weights
+                scaled, self.lm_head.weight, labels, attention_mask, equal_weights
             )
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:

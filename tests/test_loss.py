@@ -159,3 +159,45 @@ def test_gradients_hold_for_any_weights_of_the_token_losses(hint):
         (whole * weights[:, 1:].flatten()).sum().backward()
         for ours, parameter in zip(grads[-1], model.parameters(), strict=True):
             torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_at_a_temperature_are_those_of_divided_logits(temperature, equal, autocast):
+    """Values and the gradients of all weights, for equal and for other weights of the tokens."""
+    model, ids = make_model(), random_ids(3, 15)
+    model.model.norm.weight.data.mul_(8)  # logits apart enough for a temperature to matter
+    labels = ids.masked_fill(torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
+    wanted = labels[:, 1:] >= 0
+    weights = torch.ones(3, 15) if equal else torch.rand(3, 15, generator=torch.Generator().manual_seed(1))
+    logits = model(ids).logits
+    logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
+    expected = F.pad(-logprobs.gather(-1, ids[:, 1:, None])[..., 0] * wanted, (1, 0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(ids, labels=labels, equal_weights=equal, temperature=temperature)
+        plain = model(ids, labels=labels)
+    close = {"atol": 0.1, "rtol": 0.05} if autocast else CLOSE
+    torch.testing.assert_close(out.token_losses, expected, **close)
+    torch.testing.assert_close(out.loss, expected.sum() / wanted.sum(), **close)
+    assert torch.equal(out.logits, plain.logits) and (out.loss - plain.loss).abs() > 0.05
+    got = torch.autograd.grad((out.token_losses * weights).sum(), list(model.parameters()))
+    exact = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    for ours, theirs in zip(got, exact, strict=True):
+        assert (ours - theirs).norm() < (0.05 if autocast else 1e-5) * theirs.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_temperature_one_leaves_every_bit(autocast):
+    model, ids = make_model(), random_ids(2, 9)
+    results = []
+    for keys in ({}, {"temperature": 1.0}, {"temperature": 1}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(ids, labels=ids, **keys)
+        results.append([out.token_losses, out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
+
+
+def test_a_temperature_of_zero_is_refused(model):
+    with pytest.raises(ValueError, match="temperature must be above 0, not 0"):
+        model(random_ids(1, 4), labels=random_ids(1, 4), temperature=0)
