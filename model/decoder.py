@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .attention import causal_keys
 from .errors import UsageError
 from .LMConfig import MiniMindConfig
-from .model_minimind import MoEFeedForward, causal_keys, rotary_frequencies
+from .model_minimind import MoEFeedForward, rotary_frequencies
 
 Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 

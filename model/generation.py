@@ -12,7 +12,8 @@ of prompts that are joining, so a long prompt delays the running ones by one chu
 once. A sequence draws its random numbers from its own generator: the same seed gives the same text whatever shares the
 batch and whenever it joins, up to ties within the rounding of a matrix product (float32 on a CPU: about 1e-6).
 
-decoder.py holds the weights and the cache, sampling.py turns logits into tokens; there are no threads inside.
+decoder.py holds the weights and the cache, sampling.py what a request is and how its tokens are drawn; there are no
+threads inside.
 """
 
 import codecs
@@ -29,37 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoder import Decoder, Segment
 from .errors import InputError, UsageError
-from .sampling import Sampler, likeliest, penalise
+from .sampling import Request, Sampler, likeliest, penalise
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What goes in and what comes out
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    max_new_tokens None: up to the end of the context, where every reply ends. temperature 0: always the likeliest
-    token. top_k 0, top_p 1, min_p 0: off; they act in the order top_k, top_p, min_p, behind penalties and temperature.
-    repetition_penalty counts prompt and reply, presence_ and frequency_penalty the reply alone. seed None: a new one
-    each time; sample i of n draws with sample_seed(seed, i). stop: texts that end the reply and are cut from it.
-    stop_ids None: the model's end tokens. top_logprobs: how many alternatives to report per token.
-    """
-
-    prompt: list[int]
-    max_new_tokens: int | None = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    n: int = 1
-    stop: tuple[str, ...] | list[str] = ()
-    stop_ids: tuple[int, ...] | list[int] | None = None
-    top_logprobs: int = 0
+# What comes out, and what is refused
 
 
 @dataclass

@@ -1,31 +1,39 @@
-"""The MiniMind language model in one file: RMSNorm, rotary positions, grouped-query attention, SwiGLU, experts, loss.
+"""The MiniMind language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU, experts, and their stack.
 
 It computes what Llama computes (dense weights give the same logits) and is a transformers model: `generate`,
 `save_pretrained`, `from_pretrained`, peft and trl work on it.
+
+Here stands what is computed. How, in the form that machines are fast at, stands beside it: attention.py (who sees whom,
+and the products of attention), functional.py (norm, rotation, experts), loss.py (without all logits at once).
 
 Shapes:  B batch   T tokens of this call   S cached + current tokens   D hidden   I intermediate   V vocabulary
          H query heads   K key/value heads   d = D / H head width   E routed experts   N = B * T
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention import (
+    causal_keys,
+    document_attention,
+    document_bounds,
+    flash_attention,
+    plain_attention,
+    positions_from_mask,
+    takes_documents,
+    visible_keys,
+)
+from .functional import Normalise, Rotate, are_plain, can_group, compute_dtype, each_expert, grouped_experts
 from .LMConfig import MiniMindConfig
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build of torch without it
-    varlen_attn = None
+from .loss import next_token_losses
 
 
 @dataclass
@@ -49,41 +57,8 @@ class MiniMindOutput(CausalLMOutputWithPast):
     expert_load: Tensor | None = None
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision that matrix products of this tensor run in: autocast's where it is on."""
-    device = x.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors know no autocast
-    return torch.get_autocast_dtype(device) if on else x.dtype
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Norm and positions
-
-
-class Normalise(torch.autograd.Function):
-    """x / rms(x) * weight in `dtype`, rms in float32: (..., D), weight (D,) -> (..., D).
-
-    Its own backward keeps x and one number a row, where autograd would keep and walk through every step of the formula:
-    with n = x / rms(x) and h = grad * weight, dx = (h - n mean(h n)) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(dtype) * weight.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        h = grad.float() * weight
-        mean = (h * normed).sum(-1, keepdim=True) / x.shape[-1]  # (..., 1)
-        grad_x = h.addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
 
 
 class RMSNorm(nn.Module):
@@ -100,54 +75,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return Normalise.apply(x, self.weight, self.eps, compute_dtype(x))
-
-
-def document_numbers(attention_mask: Tensor) -> Tensor:
-    """The document each place belongs to, holes and padding behind it included: (B, S) -> (B, S)."""
-    return attention_mask.cummax(dim=-1).values
-
-
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Running count of the real tokens within their own document, from 0: (B, S) -> (B, S)."""
-    real = (attention_mask > 0).long()
-    count = real.cumsum(dim=-1)  # real tokens of the row up to this place
-    documents = document_numbers(attention_mask)
-    opens = documents != F.pad(documents, (1, -1), value=0)
-    before = ((count - real) * opens).cummax(dim=-1).values  # real tokens before the own document
-    return (count - 1 - before).clamp(min=0)
-
-
-def visible_keys(attention_mask: Tensor, queries: int) -> Tensor:
-    """Boolean mask of the last `queries` places over all places: (B, S) -> (B, 1, T, S).
-
-    A place sees the real tokens of its own document that stand left of it, and itself. Padding sees something too (the
-    tokens or the padding before it), so that no row is empty; nobody reads what padding computes.
-    """
-    documents = document_numbers(attention_mask)
-    same = documents[:, -queries:, None] == attention_mask[:, None, :]  # (B, T, S)
-    return (same & causal_keys(queries, attention_mask.shape[-1], attention_mask.device)).unsqueeze(1)
-
-
-@torch.compiler.disable
-def document_bounds(attention_mask: Tensor) -> Tensor | None:
-    """Where each document (or run of padding) begins in the B * T places, and their end: (B, T) -> (n + 1,) int32.
-
-    None where padding stands inside a document, which is then no run of places. Reads values: once a forward, where a
-    mask over T x T places would be built and read in every layer.
-    """
-    before = F.pad(attention_mask, (1, -1), value=-1)
-    opens = attention_mask != before
-    opens[:, 0] = True
-    resumed = opens & (attention_mask > 0) & (before == 0) & (attention_mask == document_numbers(before))
-    if resumed.any():
-        return None
-    starts = opens.flatten().nonzero()[:, 0]
-    return F.pad(starts, (0, 1), value=attention_mask.numel()).int()
-
-
-def causal_keys(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Boolean causal mask of the last `queries` of `keys` places: (T, S)."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def rotary_frequencies(config: MiniMindConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -183,32 +110,6 @@ def rotary_tables(config: MiniMindConfig, positions: Tensor, dtype: torch.dtype)
     angles = positions[:, :, None, None].float() * frequencies  # (B, T, 1, d/2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos), dim=-1).to(dtype), sin.to(dtype)
-
-
-class Rotate(torch.autograd.Function):
-    """Turn each pair (a, b) = (x[i], x[i + d/2]) to (a cos - b sin, b cos + a sin): (B, T, H, d) -> (B, T, H, d).
-
-    The gradient is the turn back: nothing but the tables is kept.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, sign=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return turned(grad, *ctx.saved_tensors, sign=-1), None, None
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = x * cos
-    out_a, out_b = out.chunk(2, dim=-1)
-    out_a.addcmul_(b, sin, value=-sign)
-    out_b.addcmul_(a, sin, value=sign)
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,58 +156,6 @@ class Attention(nn.Module):
         attention = flash_attention if self.flash else plain_attention
         out = attention(q, k, v, mask, causal, dropout)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
-
-
-def document_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, dropout: float, by_kernel: bool = False
-) -> Tensor:
-    """Causal attention within each run: q (B, T, H, d), k, v (B, T, K, d), bounds (n + 1,) -> (B, T, H, d).
-
-    by_kernel: in one kernel for all runs, which GPUs have; otherwise run by run.
-    """
-    shape, groups = q.shape, q.shape[2] // k.shape[2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, d)
-    if by_kernel:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return varlen_attn(q, k, v, bounds, bounds, shape[1], shape[1], window_size=(-1, 0)).view(shape)
-    lengths = bounds.diff().tolist()
-    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)  # (H or K, n, d)
-    parts = [flash_attention(q[None], k[None], v[None], None, True, dropout)[0] for q, k, v in documents]
-    return torch.cat([part.transpose(0, 1) for part in parts]).view(shape)
-
-
-def takes_documents(x: Tensor, config: MiniMindConfig, training: bool) -> bool:
-    """Whether attention over runs of places exists here: on CPUs in eager mode, on GPUs in half precision."""
-    if not config.flash_attn or x.device.type not in ("cpu", "cuda"):
-        return False
-    if x.device.type == "cpu":
-        return not torch.compiler.is_compiling()
-    half = compute_dtype(x) in (torch.bfloat16, torch.float16)
-    fits = config.head_dim % 8 == 0 and config.head_dim <= 256 and not (config.dropout and training)
-    return half and fits and varlen_attn is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """The same as plain_attention in one kernel, which never holds all scores."""
-    if mask is not None and q.device.type == "cuda":  # its fast kernels take a mask or shared heads, not both
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, written out: q (B, H, T, d), k, v (B, K, S, d), mask (B, 1, T, S) -> (B, H, T, d)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    if causal:
-        mask = causal_keys(q.shape[2], k.shape[2], q.device)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
-    return weights @ v
 
 
 class FeedForward(nn.Module):
@@ -363,38 +212,6 @@ class MoEFeedForward(nn.Module):
         """The same with every expert on every token: more work, but nothing has to be fetched from the device."""
         shares = [(weights * (chosen == e)).sum(dim=1, keepdim=True) for e in range(len(self.experts))]
         return sum(expert(x) * share for expert, share in zip(self.experts, shares, strict=True))
-
-
-def each_expert(experts: nn.ModuleList, x: Tensor, counts: Tensor) -> Tensor:
-    """x (N k, D) sorted by expert, counts (E,) -> (N k, D).
-
-    An expert without tokens runs on an empty slice, so that its gradient is zero and not None (DDP waits for it).
-    """
-    slices = x.split(counts.tolist())
-    return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
-
-
-def grouped_experts(experts: nn.ModuleList, x: Tensor, counts: Tensor) -> Tensor:
-    """The same as one product per matrix, with the slice borders left on the device."""
-    ends = counts.cumsum(0, dtype=torch.int32)
-
-    def product(x: Tensor, name: str) -> Tensor:
-        weights = torch.stack([getattr(expert, name).weight for expert in experts]).to(x.dtype)  # (E, out, in)
-        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
-
-    return product(F.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
-
-
-def can_group(x: Tensor, weight: Tensor) -> bool:
-    """Whether the grouped product exists for these tensors: bfloat16, rows of whole 16 bytes, compute capability 8."""
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def are_plain(experts: nn.ModuleList) -> bool:
-    """Whether the weights are all that the experts' layers compute with: an adapter (LoRA) stands beside them."""
-    return all(type(layer) is nn.Linear for expert in experts for layer in expert.children())
 
 
 def balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None, config: MiniMindConfig) -> tuple[Tensor, Tensor]:
@@ -569,6 +386,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         equal_weights: bool = True,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        temperature: float = 1.0,
         **transformers_keys,
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
@@ -576,18 +394,22 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: logits of the last so many tokens only (0: of all), or of N tokens by row and column, two of
         (N,) -> (N, V). return_logits=False: none, and the losses are computed without ever holding (B, T, V) float32
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
-        hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by. The
-        other arguments are those of MiniMindModel.
+        hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
+        temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
+        returned are not divided. The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
         if labels is not None:
+            scaled = hidden if temperature == 1 else hidden / temperature
             token_losses, targets = next_token_losses(
-                hidden, self.lm_head.weight, labels, attention_mask, equal_weights
+                scaled, self.lm_head.weight, labels, attention_mask, equal_weights
             )
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
@@ -611,121 +433,3 @@ def refuse_unknown(keys: dict) -> None:
         if name in harmless or (name in ("output_attentions", "output_hidden_states") and not value):
             continue
         raise TypeError(f"MiniMindForCausalLM.forward() does not take {name}={value!r}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-LOSS_CHUNK = 1024  # tokens
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """-log softmax(hidden W^T)[target] per token: hidden (N, D), weight (V, D), targets (N,) >= 0 -> (N,) float32.
-
-    Works through the tokens in chunks, with the logits of one chunk at a time: memory does not grow with N times V.
-    With `early` the gradients are computed while a chunk's logits are there, as if each token's loss counted once, and
-    the backward pass only scales them; that holds where all losses got one weight, as they do in a mean. Otherwise the
-    backward pass computes the logits again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, early: bool) -> Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grads = new_gradients(hidden, weight, ctx.needs_input_grad[1]) if early else ()
-        for part, logits, softmax in chunks_of_logits(hidden, weight):
-            picked, top = logits.gather(-1, targets[part, None]), logits.amax(-1, keepdim=True)
-            torch.softmax(logits, dim=-1, dtype=torch.float32, out=softmax)
-            log_sum = top - softmax.amax(-1, keepdim=True).log()  # log sum exp(logits)
-            losses[part] = (log_sum - picked)[:, 0]
-            if early:
-                add_gradients(grads, part, softmax, hidden, weight, targets, 1.0)
-        ctx.save_for_backward(hidden, weight, targets, *grads)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden, weight, targets, *grads = ctx.saved_tensors
-        if grads and (grad_losses == grad_losses[:1]).all():
-            scale = grad_losses[:1].sum()  # 0 where there is no token
-            grads = [grad if grad is None else grad * scale for grad in grads]
-        else:
-            grads = new_gradients(hidden, weight, ctx.needs_input_grad[1])
-            for part, logits, softmax in chunks_of_logits(hidden, weight):
-                torch.softmax(logits, dim=-1, dtype=torch.float32, out=softmax)
-                add_gradients(grads, part, softmax, hidden, weight, targets, grad_losses[part, None])
-        grad_hidden, grad_weight = grads
-        return (
-            grad_hidden.to(hidden.dtype),
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-        )
-
-
-def chunks_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (which of the N tokens, their logits (n, V), room for as many float32 numbers: the same if it can be)."""
-    room = torch.empty(min(LOSS_CHUNK, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(hidden), LOSS_CHUNK):
-        part = slice(start, start + LOSS_CHUNK)
-        rows = hidden[part]
-        out = room[: len(rows)]
-        yield part, torch.mm(rows, weight.t(), out=out) if rows.dtype == out.dtype else rows @ weight.t(), out
-
-
-def new_gradients(hidden: Tensor, weight: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for the gradients of hidden and weight (None where it is frozen)."""
-    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32) if both else None
-
-
-def add_gradients(grads, part: slice, softmax: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, scale) -> None:
-    """Put in what a chunk gives to both: d loss / d logits = softmax - one-hot(target), times the loss's own weight."""
-    grad_hidden, grad_weight = grads
-    softmax.scatter_add_(-1, targets[part, None], softmax.new_full((len(softmax), 1), -1.0))
-    grad_logits = softmax.mul_(scale).to(weight.dtype)
-    grad_hidden[part] = grad_logits @ weight
-    if grad_weight is None:
-        return
-    if weight.dtype == grad_weight.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden[part])
-    else:
-        grad_weight += grad_logits.t() @ hidden[part]
-
-
-def next_token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, attention_mask: Tensor | None, equal_weights: bool = True
-) -> tuple[Tensor, Tensor]:
-    """-log p(labels[:, t] | what came before t), and the number of targets: hidden (B, T, D), weight (V, D) -> (B, T).
-
-    This is the one shift of labels. Token t is predicted from the last real token before it in its own document; where
-    there is none (t opens a document), where labels is -100 and on padding the loss is 0.
-    """
-    targets, source = shifted_targets(labels, attention_mask)
-    targets, source = targets.flatten(), source.flatten()
-    wanted = targets >= 0
-    dtype = compute_dtype(hidden)
-    hidden, weight = hidden.flatten(0, 1).to(dtype), weight.to(dtype)
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
-        places = wanted.nonzero()[:, 0]
-        early = equal_weights and torch.is_grad_enabled() and hidden.requires_grad
-        losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places], early)
-        losses = losses.new_zeros(wanted.shape).index_copy(0, places, losses)
-    else:
-        losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0), False) * wanted
-    return losses.view(labels.shape), wanted.sum()
-
-
-def shifted_targets(labels: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What to predict (-100: nothing), and the flat index of the token that predicts it: (B, T) -> two of (B, T)."""
-    B, T = labels.shape
-    places = torch.arange(B * T, device=labels.device).view(B, T)
-    opens = torch.arange(T, device=labels.device).expand(B, T) == 0
-    if attention_mask is None or attention_mask.dim() != 2:
-        return labels.masked_fill(opens, -100), (places - 1).clamp(min=0)
-    mask = attention_mask[:, -T:].long()
-    documents = document_numbers(mask)
-    opens = opens | (documents != F.pad(documents, (1, -1), value=0))
-    last_real = torch.where(mask > 0, places, 0).cummax(dim=-1).values
-    return labels.masked_fill(opens | (mask == 0), -100), F.pad(last_real, (1, -1), value=0)

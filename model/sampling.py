@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, and one draw per sequence.
+"""A request and its way from logits to tokens: penalties, temperature, top-k, top-p, min-p, and one draw per sequence.
 
 Every row is computed apart from the others, so a sequence gets the same token whoever shares the batch.
 
@@ -6,22 +6,46 @@ Shapes:  B sequences   V vocabulary
 """
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .generation import Request
 
 GREEDY = 1e-5  # a temperature below this one is 0; divided by it, logits could overflow
 CANDIDATES = 256  # tokens that top-p looks at before it sorts the whole vocabulary
 
 
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    max_new_tokens None: up to the end of the context, where every reply ends. temperature 0: always the likeliest
+    token. top_k 0, top_p 1, min_p 0: off; they act in the order top_k, top_p, min_p, behind penalties and temperature.
+    repetition_penalty counts prompt and reply, presence_ and frequency_penalty the reply alone. seed None: a new one
+    each time; sample i of n draws with sample_seed(seed, i). stop: texts that end the reply and are cut from it.
+    stop_ids None: the model's end tokens. top_logprobs: how many alternatives to report per token.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int | None = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] | list[str] = ()
+    stop_ids: tuple[int, ...] | list[int] | None = None
+    top_logprobs: int = 0
+
+
 class Sampler:
     """The settings of B sequences as tensors (B, 1)."""
 
-    def __init__(self, requests: list["Request"], vocab_size: int, device: torch.device) -> None:
+    def __init__(self, requests: list[Request], vocab_size: int, device: torch.device) -> None:
         def column(values: list) -> Tensor:
             return torch.tensor(values, device=device)[:, None]
 
@@ -79,7 +103,7 @@ def keep_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
     return logits.masked_fill(logits < torch.maximum(lowest, best[:, :1] + min_p.log()), -math.inf)
 
 
-def penalise(logits: Tensor, request: "Request", reply: list[int]) -> Tensor:
+def penalise(logits: Tensor, request: Request, reply: list[int]) -> Tensor:
     """Lower the logits of tokens that were there already: (V,) -> (V,)."""
     if request.repetition_penalty != 1:
         seen = torch.tensor([*request.prompt, *reply], device=logits.device).unique()

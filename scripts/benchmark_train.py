@@ -43,7 +43,8 @@ from dataset.lm_dataset import IGNORED, PretrainDataset, SFTDataset
 from model.errors import UsageError
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import check_vocab, load_tokenizer
-from model.model_minimind import LOSS_CHUNK, MiniMindForCausalLM
+from model.loss import LOSS_CHUNK
+from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype, synchronize
 from trainer.runtime.flags import COUNT, ROOT, SWITCH, number
 from trainer.runtime.optimizers import build_optimizer

@@ -114,7 +114,7 @@ def test_active_dense_has_the_active_parameters_of_the_mixture(preset):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_memory_does_not_grow_with_vocabulary_times_tokens(folder, monkeypatch, optimizer):
     """What a larger vocabulary adds to the peak of a step must not depend on how many tokens the step has."""
-    monkeypatch.setattr("model.model_minimind.LOSS_CHUNK", 64)
+    monkeypatch.setattr("model.loss.LOSS_CHUNK", 64)
     small, large = 6400, 25600
 
     def peak(vocabulary: int, rows: int, *flags: str) -> int:

@@ -1,4 +1,4 @@
-"""The engine against one-at-a-time references, transformers' generate and processors, and its stated distributions."""
+"""The engine against one-at-a-time references and transformers' generate; text in pieces, traffic, limits."""
 
 import math
 import random
@@ -7,47 +7,15 @@ from itertools import accumulate
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_engine import KINDS, SIZES, YARN, make_model, make_prompts, plain_distribution
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from model import decoder
-from model.decoder import Decoder, Int8Linear, Segment, pack
+from model.decoder import Decoder
 from model.errors import InputError, UsageError
 from model.generation import Engine, Request, TextStream, sample_seed, token_bytes
 from model.LMConfig import MiniMindConfig
-from model.model_minimind import MiniMindForCausalLM
-from model.sampling import Sampler, penalise
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-YARN = {"inference_rope_scaling": True, "original_max_position_embeddings": 32, "max_position_embeddings": 256}
-KINDS = {"dense": {}, "moe": {"use_moe": True}, "yarn": YARN}
-
-
-def make_model(half=True, **overrides) -> MiniMindForCausalLM:
-    """A small model with opinions: wide random weights, that float16 holds exactly (as those of a .pth) if `half`."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 211, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, **sizes, **overrides}))
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data.normal_(std=0.25)
-        if half:
-            parameter.data = parameter.data.half().float()
-    return model.eval()
-
-
-def make_prompts(*lengths, vocab_size=211, seed=1):
-    generator = random.Random(seed)
-    return [[generator.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -58,86 +26,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def dense():
     return make_model()
-
-
-# ------------------------------------------------------------------------------------- the decoder computes the model
-
-
-@pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_decoder_gives_the_logits_of_the_model(kind, half):
-    """A prompt in pieces, then token by token beside another sequence, far beyond the length YaRN starts from."""
-    model = make_model(half=half, **KINDS[kind])
-    long, short = make_prompts(150, 40)
-    expected = [model(torch.tensor([ids])).logits[0] for ids in (long, short)]
-    with torch.inference_mode():
-        arranged = Decoder(model, None)
-        arranged.reserve(2, 10)  # grows below
-        first = arranged(long[:10], [0] * 10, list(range(10)), 0, [Segment(0, 0, 10)])
-        arranged.reserve(2, 160)
-        both = arranged(
-            long[10:120] + short[:25],
-            [0] * 110 + [1] * 25,
-            [*range(10, 120), *range(25)],
-            0,
-            [Segment(0, 10, 120), Segment(1, 0, 25)],
-        )
-        torch.testing.assert_close(first[0], expected[0][9], atol=2e-4, rtol=1e-4)
-        torch.testing.assert_close(both, torch.stack([expected[0][119], expected[1][24]]), atol=2e-4, rtol=1e-4)
-        for i in range(15):
-            logits = arranged([long[120 + i], short[25 + i]], [0, 1], [120 + i, 25 + i], 2, [])
-            wanted = torch.stack([expected[0][120 + i], expected[1][25 + i]])
-            torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
-
-
-def test_half_precision_model_is_computed_in_float32(dense):
-    """A bfloat16 model on a CPU: the decoder is nearer to its exact logits than its own forward."""
-    model = make_model().bfloat16()
-    exact = make_model()
-    exact.load_state_dict(model.state_dict())
-    (prompt,) = make_prompts(30)
-    wanted = exact(torch.tensor([prompt])).logits[0, -1]
-    with torch.inference_mode():
-        arranged = Decoder(model, None)
-        arranged.reserve(1, 30)
-        logits = arranged(prompt, [0] * 30, list(range(30)), 0, [Segment(0, 0, 30)])[0]
-    torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
-
-
-def test_int8_products_are_near_and_know_no_neighbours():
-    torch.manual_seed(0)
-    weight, x = torch.randn(96, 64) * 0.02, torch.randn(7, 64) * torch.logspace(-3, 2, 7)[:, None]
-    product = Int8Linear(weight)
-    exact = F.linear(x, weight)
-    error = (product(x) - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert error.max() < 0.02
-    assert torch.equal(torch.cat([product(row[None]) for row in x]), product(x))
-    assert torch.equal(product(torch.zeros(1, 64)), torch.zeros(1, 96))
-
-
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_int8_engine_follows_the_exact_one(kind):
-    """The logits stay near those of the exact weights, and no sequence changes with its neighbours."""
-    model = make_model(**KINDS[kind])
-    (prompt,) = make_prompts(40)
-    expected = model(torch.tensor([prompt])).logits[0, -1]
-    with torch.inference_mode():
-        arranged = Decoder(model, "int8")
-        arranged.reserve(1, 40)
-        logits = arranged(prompt, [0] * 40, list(range(40)), 0, [Segment(0, 0, 40)])[0]
-    assert F.cosine_similarity(logits, expected, dim=0) > 0.98
-    requests = [Request(p, max_new_tokens=12, seed=i) for i, p in enumerate(make_prompts(5, 30, 1, 9))]
-    alone = [Engine(model, max_batch=1, quantize="int8").generate([request])[0].ids for request in requests]
-    together = Engine(model, max_batch=3, quantize="int8", prefill_chunk=8).generate(requests)
-    assert [result.ids for result in together] == alone
-
-
-def test_products_keep_float32_weights_that_float16_cannot_hold():
-    torch.manual_seed(0)
-    weight, x = torch.randn(48, 32), torch.randn(5, 32)
-    assert torch.equal(pack(weight, None)(x), F.linear(x, weight))
-    halved = weight.half().float()
-    torch.testing.assert_close(pack(halved, None)(x), F.linear(x, halved), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- greedy, transformers
@@ -177,29 +65,6 @@ def test_llama_folders_run_too(yarn):
     assert [result.ids for result in results] == transformers_greedy(model, prompts, 12)
 
 
-def test_steps_in_recorded_shapes(model, monkeypatch):
-    """What CUDA graphs rely on, here without CUDA: rows and spans rounded up, buffers filled anew, scratch rows."""
-
-    shapes = []
-
-    def record(run):
-        result = run()
-        shapes.append(run.args[3:5])
-        return lambda: result.copy_(run()), result
-
-    monkeypatch.setattr(decoder, "record", record)
-    lengths = {3: 60, 70: 90, 1: 30}
-    requests = [
-        Request(prompt, temperature=0, max_new_tokens=lengths[len(prompt)], stop_ids=())
-        for prompt in make_prompts(*lengths)
-    ]
-    plain, graphed = Engine(model, max_batch=3, prefill_chunk=40), Engine(model, max_batch=3, prefill_chunk=40)
-    graphed.decoder.graphed = True
-    expected = [result.ids for result in plain.generate(requests)]
-    assert [result.ids for result in graphed.generate(requests)] == expected
-    assert {rows for rows, _ in shapes} == {1, 2, 4} and {span for _, span in shapes} == {128, 256}
-
-
 def test_greedy_logprobs_are_those_of_the_model(dense):
     (prompt,) = make_prompts(12)
     (result,) = Engine(dense).generate([Request(prompt, temperature=0, top_k=1, max_new_tokens=6, top_logprobs=3)])
@@ -229,29 +94,6 @@ def test_refresh_takes_new_weights_over():
 PIECES = ["a", "b", "ab", " ", "END", "你", "好", "😀", "é"]
 TABLE = [b"", b"", b""] + [piece.encode() for piece in PIECES] + [bytes([byte]) for byte in "你😀".encode()]
 TINY = {"vocab_size": len(TABLE), "max_position_embeddings": 64}
-
-
-def plain_distribution(logits, request, reply):
-    """Probabilities of a reply's next token, in words: penalties, temperature, top-k, top-p, min-p."""
-    logits = list(logits)
-    for token in {*request.prompt, *reply}:
-        factor = request.repetition_penalty
-        logits[token] = logits[token] * factor if logits[token] < 0 else logits[token] / factor
-    for token, count in Counter(reply).items():
-        logits[token] -= request.presence_penalty + request.frequency_penalty * count
-    if request.temperature == 0:
-        best = max(range(len(logits)), key=lambda i: logits[i])
-        return [float(i == best) for i in range(len(logits))]
-    weights = [math.exp((x - max(logits)) / request.temperature) for x in logits]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: request.top_k or None]
-    total, kept, mass = sum(weights[i] for i in order), [], 0.0
-    for i in order:
-        if mass < request.top_p or not kept:
-            kept.append(i)
-        mass += weights[i] / total
-    kept = [i for i in kept if weights[i] >= request.min_p * weights[order[0]]]
-    total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
 
 
 def plain_generate(model, request, index):
@@ -334,117 +176,6 @@ def test_any_traffic_equals_one_at_a_time(tiny, traffic, max_batch, prefill_chun
             texts[index] = "".join(chunk.text for chunk in handle.chunks if chunk.index == index)
             assert texts[index] == result.text
             assert [chunk.id for chunk in handle.chunks if chunk.index == index] == result.ids
-
-
-# -------------------------------------------------------------------------------------------------------- distributions
-
-SETTINGS = [
-    {"temperature": 0.6},
-    {"temperature": 1.5},
-    {"top_p": 0.7},
-    {"top_k": 5},
-    {"min_p": 0.2},
-    {"temperature": 1.3, "top_k": 12, "top_p": 0.8, "min_p": 0.1},
-]
-
-
-def fits(counts, probs):
-    """Whether a chi-square test leaves counts of draws from probs plausible (p > 0.001); nothing drawn where p = 0."""
-    total = counts.sum()
-    assert counts[probs == 0].sum() == 0
-    expected, counts = probs[probs > 0] * total, counts[probs > 0]
-    rare = expected < 5
-    expected = torch.cat((expected[~rare], expected[rare].sum(0, keepdim=True).clamp(min=1e-9)))
-    counts = torch.cat((counts[~rare], counts[rare].sum(0, keepdim=True)))
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    return torch.special.gammaincc(freedom, statistic / 2) > 0.001
-
-
-@pytest.fixture(scope="module")
-def uniforms():
-    """The first number of each of 100,000 samples of one request."""
-    return [random.Random(sample_seed(7, i)).getrandbits(52) / 2**52 for i in range(100_000)]
-
-
-@pytest.mark.parametrize("wanted", SETTINGS, ids=str)
-def test_frequencies_of_100k_draws(wanted, uniforms):
-    torch.manual_seed(0)
-    request = Request([1], **wanted)
-    logits = torch.randn(40) * 2
-    probs = torch.tensor(plain_distribution(logits.tolist(), request, []), dtype=torch.float64)
-    counts = torch.zeros(40, dtype=torch.float64)
-    sampler = Sampler([request] * 10_000, 40, torch.device("cpu"))
-    logprobs = sampler.logprobs(logits.expand(10_000, -1))
-    torch.testing.assert_close(logprobs[0].exp().double(), probs, atol=1e-6, rtol=1e-5)
-    for start in range(0, 100_000, 10_000):
-        drawn = sampler.draw(logprobs, uniforms[start : start + 10_000])
-        counts += drawn.bincount(minlength=40)
-    assert fits(counts, probs)
-    assert not fits(counts, (probs + 0.02 * (probs > 0)) / (probs + 0.02 * (probs > 0)).sum())  # the test can fail
-
-
-def test_frequencies_through_the_engine(dense):
-    """4,000 samples of one prompt, of which the first reads it: first tokens as often as the model says."""
-    request = Request(make_prompts(6)[0], n=4000, seed=5, max_new_tokens=1, temperature=2.5, top_p=0.9)
-    results = Engine(dense, max_batch=64).generate([request])
-    logits = dense(torch.tensor([request.prompt])).logits[0, -1]
-    probs = torch.tensor(plain_distribution(logits.tolist(), request, []), dtype=torch.float64)
-    counts = torch.tensor([result.ids[0] for result in results]).bincount(minlength=len(probs)).double()
-    assert fits(counts, probs)
-    for result in results[:50]:
-        assert result.logprobs[0] == pytest.approx(math.log(probs[result.ids[0]]), abs=1e-4)
-
-
-def test_a_number_at_the_very_end_draws_nothing_impossible():
-    logits = torch.tensor([[-30.0, 2.0, 1.0, -math.inf], [0.0, -math.inf, -math.inf, -math.inf]])
-    sampler = Sampler([Request([1])] * 2, 4, torch.device("cpu"))
-    logprobs = sampler.logprobs(logits)
-    assert sampler.draw(logprobs, [1 - 2**-52] * 2).tolist() == [2, 0]
-    assert sampler.draw(logprobs, [0.0, 0.0]).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "warpers"),
-    [
-        ({"temperature": 0.7, "top_k": 50}, [TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)]),
-        ({"top_p": 0.5}, [TopPLogitsWarper(0.5)]),
-        ({"top_p": 0.99}, [TopPLogitsWarper(0.99)]),  # more tokens than the first look at the best finds
-        ({"top_k": 2000, "top_p": 0.95}, [TopKLogitsWarper(2000), TopPLogitsWarper(0.95)]),
-        ({"top_k": 30, "top_p": 0.6}, [TopKLogitsWarper(30), TopPLogitsWarper(0.6)]),
-        ({"min_p": 0.02, "temperature": 1.4}, [TemperatureLogitsWarper(1.4), MinPLogitsWarper(0.02)]),
-        (
-            {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.05},
-            [TemperatureLogitsWarper(0.8), TopKLogitsWarper(100), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
-        ),
-    ],
-)
-def test_distributions_are_those_of_transformers(wanted, warpers):
-    torch.manual_seed(3)
-    logits = torch.randn(4, 6400) * 2
-    requests = [Request([1], **wanted), Request([1]), Request([1], temperature=0), Request([1], **wanted)]
-    logprobs = Sampler(requests, 6400, torch.device("cpu")).logprobs(logits)
-    for row in (0, 3):
-        scores = logits[row][None]
-        for warper in warpers:
-            scores = warper(torch.tensor([[1]]), scores)
-        assert torch.equal(logprobs[row].isinf(), scores[0].isinf())
-        torch.testing.assert_close(logprobs[row], scores[0].log_softmax(-1), atol=1e-5, rtol=1e-5)
-    for row in (1, 2):  # the neighbours keep all tokens
-        torch.testing.assert_close(logprobs[row], logits[row].log_softmax(-1), atol=1e-5, rtol=1e-5)
-
-
-def test_repetition_penalty_is_that_of_transformers():
-    torch.manual_seed(0)
-    logits = torch.randn(50)
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[3, 4, 3, 9, 12]]), logits[None])[0]
-    torch.testing.assert_close(penalise(logits, Request([3, 4, 3], repetition_penalty=1.7), [9, 12]), expected)
-
-
-def test_presence_and_frequency_count_the_reply_alone():
-    logits = torch.zeros(6)
-    lowered = penalise(logits, Request([1, 1], presence_penalty=1.0, frequency_penalty=0.5), [2, 3, 2])
-    assert lowered.tolist() == [0, 0, -2.0, -1.5, 0, 0] and logits.tolist() == [0] * 6
 
 
 # ------------------------------------------------------------------------------------------------------------- text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import model_minimind
+from model import functional, loss, model_minimind
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import MiniMindConfig
 from model.loading import load_model, read_state_dict, save_weights
@@ -184,7 +184,8 @@ def test_experts_take_adapters():
 def test_the_grouped_product_of_a_gpu_does_not_leave_adapters_out(target, monkeypatch):
     """It reads the experts' weights and would miss what stands beside them: no gradient would come (meta tensors)."""
     monkeypatch.setattr(model_minimind, "can_group", lambda x, weight: True)
-    monkeypatch.setattr(model_minimind, "compute_dtype", lambda x: x.dtype)
+    for module in (model_minimind, loss):
+        monkeypatch.setattr(module, "compute_dtype", lambda x: x.dtype)
 
     class Off:
         def __init__(self, *args, **keys): ...
@@ -195,7 +196,7 @@ def test_the_grouped_product_of_a_gpu_does_not_leave_adapters_out(target, monkey
 
     monkeypatch.setattr(torch, "autocast", Off)  # meta tensors know no autocast
     grouped = []
-    run = model_minimind.grouped_experts
+    run = functional.grouped_experts
     monkeypatch.setattr(model_minimind, "grouped_experts", lambda *args: grouped.append(1) or run(*args))
     with torch.device("meta"):
         model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, use_moe=True))

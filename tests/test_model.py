@@ -1,4 +1,4 @@
-"""The model: same numbers as Llama, masks, cache, loss, and life inside transformers."""
+"""The model: its config, the numbers of Llama, cache, arguments, and life inside transformers."""
 
 import copy
 import math
@@ -7,35 +7,13 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
+from small_model import CLOSE, SIZES, make_model, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from model import model_minimind
 from model.errors import UsageError
+from model.functional import Normalise, Rotate
 from model.LMConfig import PRESETS, MiniMindConfig
-from model.model_minimind import LinearCrossEntropy, MiniMindForCausalLM, MiniMindOutput, plain_attention
-
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def make_model(**overrides) -> MiniMindForCausalLM:
-    """A small model in eval mode whose weights are large enough for logits that differ clearly."""
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, **overrides}))
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.15)
-    return model.eval()
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(seed))
+from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, RMSNorm
 
 
 @pytest.fixture(scope="module")
@@ -209,26 +187,6 @@ def test_logits_and_gradients_equal_llama(model, llama):
         torch.testing.assert_close(gradient, wanted[name], **CLOSE)
 
 
-def test_plain_attention_equals_flash(model):
-    plain = make_model(flash_attn=False)
-    ids = random_ids(2, 12)
-    for mask in (None, torch.tensor([[0] * 3 + [1] * 9, [1] * 5 + [2] * 7])):
-        real = slice(None) if mask is None else mask > 0
-        torch.testing.assert_close(plain(ids, mask).logits[real], model(ids, mask).logits[real], **CLOSE)
-    cache = plain(ids[:, :5], use_cache=True).past_key_values
-    torch.testing.assert_close(plain(ids[:, 5:], past_key_values=cache).logits, model(ids).logits[:, 5:], **CLOSE)
-
-
-def test_plain_attention_by_hand():
-    """Two query heads share one key/value head; the second token averages by its scores."""
-    q = torch.tensor([[[[0.0], [0.0]], [[0.0], [2.0]]]])  # (1, 2, 2, 1)
-    k = torch.tensor([[[[0.0], [1.0]]]])
-    v = torch.tensor([[[[10.0], [20.0]]]])
-    out = plain_attention(q, k, v, None, True, 0.0)
-    share = math.exp(2) / (1 + math.exp(2))
-    torch.testing.assert_close(out.flatten(), torch.tensor([10.0, 15.0, 10.0, 10 + 10 * share]))
-
-
 @pytest.mark.parametrize("flash", [True, False])
 def test_half_precision_weights_and_autocast(flash):
     model = make_model(flash_attn=flash)
@@ -242,22 +200,46 @@ def test_half_precision_weights_and_autocast(flash):
     assert (half(ids).logits - exact).abs().max() < 0.15 * exact.std()
 
 
-def test_autocast_keeps_query_key_and_value_in_one_dtype(model, monkeypatch):
-    """Mistake 7, under autocast: no float32 copy of q and k reaches the attention."""
-    seen = []
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, **keys: seen.append((q, k, v)) or attention(q, k, v, **keys)
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        model(random_ids(1, 8))
-    assert {x.dtype for triple in seen for x in triple} == {torch.bfloat16}
-
-
 def test_norm_is_taken_in_float32():
-    norm = model_minimind.RMSNorm(64, 1e-5).to(torch.float16)
+    norm = RMSNorm(64, 1e-5).to(torch.float16)
     x = torch.full((1, 64), 300.0, dtype=torch.float16)  # squares overflow float16
     torch.testing.assert_close(norm(x), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_backward_passes_equal_autograd(dtype):
+    """RMSNorm and the rotation against the plain formulas, in float64."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(2, 5, 3, 8), torch.randn(8), torch.randn(2, 5, 3, 8)
+    cos, sin = torch.randn(2, 5, 1, 4), torch.randn(2, 5, 1, 4)
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+    def turn(x, weight):
+        a, b = (x * weight).chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    ours = {
+        norm: lambda x, weight: Normalise.apply(x, weight, 1e-5, dtype),
+        turn: lambda x, weight: Rotate.apply(x * weight, torch.cat((cos, cos), -1), sin),
+    }
+    for formula, own in ours.items():
+        inputs = [each.clone().requires_grad_() for each in (x, weight)]
+        exact = [each.double().requires_grad_() for each in (x, weight)]
+        out, expected = own(*inputs), formula(*exact)
+        close = {"atol": 1e-5, "rtol": 1e-5} if out.dtype == torch.float32 else {"atol": 5e-2, "rtol": 2e-2}
+        torch.testing.assert_close(out.double(), expected, **close)
+        for a, b in zip(
+            torch.autograd.grad(out, inputs, grad.to(out.dtype)),
+            torch.autograd.grad(expected, exact, grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(
+                a.double(),
+                b,
+                **(close if a.dtype == torch.float32 and dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}),
+            )
 
 
 def test_dropout_in_training_only():
@@ -266,173 +248,6 @@ def test_dropout_in_training_only():
     torch.testing.assert_close(model(ids).logits, make_model()(ids).logits)
     model.train()
     assert not torch.allclose(model(ids).logits, model(ids).logits)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Masks, documents, positions
-
-
-def test_left_padded_right_padded_and_alone(model):
-    """Also mistake 13: no NaN rows, in any precision."""
-    rows = [random_ids(n, seed=n) for n in (3, 7, 11)]
-    alone = [model(row[None]).logits[0] for row in rows]
-    for side in ("left", "right"):
-        ids, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.long)
-        for b, row in enumerate(rows):
-            part = slice(11 - len(row), 11) if side == "left" else slice(0, len(row))
-            ids[b, part], mask[b, part] = row, 1
-        logits = model(ids, attention_mask=mask).logits
-        assert logits.isfinite().all()
-        for b, expected in enumerate(alone):
-            torch.testing.assert_close(logits[b][mask[b] > 0], expected, **CLOSE)
-        torch.testing.assert_close(model(ids, attention_mask=mask.bool()).logits, logits)
-        for flash in (True, False):
-            half = make_model(flash_attn=flash).to(torch.float16)
-            assert half(ids, attention_mask=mask).logits.isfinite().all()
-
-
-def test_padding_gives_finite_gradients():
-    for flash in (True, False):
-        model = make_model(flash_attn=flash)
-        mask = torch.tensor([[0] * 6 + [1] * 2, [0] * 8])
-        model(random_ids(2, 8), attention_mask=mask, labels=random_ids(2, 8)).loss.backward()
-        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-def test_packed_row_equals_documents_apart(model):
-    documents = [random_ids(1, n, seed=n) for n in (4, 1, 9)]
-    row = torch.cat([*documents, torch.zeros(1, 2, dtype=torch.long)], 1)
-    mask = torch.tensor([[1] * 4 + [2] + [3] * 9 + [0] * 2])
-    packed = model(row, attention_mask=mask, labels=row)
-    alone = [model(document, labels=document) for document in documents]
-    torch.testing.assert_close(packed.logits[:, :14], torch.cat([out.logits for out in alone], 1), **CLOSE)
-    losses = torch.cat([out.token_losses for out in alone], 1)
-    torch.testing.assert_close(packed.token_losses[:, :14], losses, **CLOSE)
-    assert (packed.token_losses[:, [0, 4, 5, 14, 15]] == 0).all()
-    torch.testing.assert_close(packed.loss, losses.sum() / (3 + 0 + 8))
-
-
-MASKS = {
-    "documents": [[1] * 4 + [2] + [3] * 7, [1] * 12],
-    "padding behind and before": [[0] * 3 + [1] * 9, [1] * 5 + [2] * 3 + [0] * 4],
-    "nothing but padding": [[0] * 12, [1] * 12],
-}
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_document_bounds_see_what_the_mask_sees(name):
-    """Real tokens: the runs of places, causal, are exactly the mask over T x T places."""
-    mask = torch.tensor(MASKS[name])
-    bounds = model_minimind.document_bounds(mask)
-    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == mask.numel()
-    run = torch.bucketize(torch.arange(mask.numel()), bounds, right=True).view(mask.shape)
-    seen = (run[:, :, None] == run[:, None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
-    expected = model_minimind.visible_keys(mask, 12)[:, 0]
-    assert torch.equal(seen[mask > 0], expected[mask > 0])
-    assert not (run[0][:, None] == run[1][None]).any()  # no run reaches into the next row
-
-
-def test_padding_inside_a_document_has_no_bounds():
-    assert model_minimind.document_bounds(torch.tensor([[1] * 4, [1, 0, 1, 1]])) is None
-    assert model_minimind.document_bounds(torch.tensor([[2, 0, 0, 2], [1] * 4])) is None
-    assert model_minimind.document_bounds(torch.tensor([[1, 0, 0, 2], [1] * 4])) is not None
-
-
-def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
-    """What varlen_attn is documented to compute, document by document: (N, H, d) -> (N, H, d)."""
-    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and q.shape == k.shape == v.shape
-    assert max_q == max_k >= cu_seq_q.diff().max()
-    parts = zip(*(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for x in (q, k, v)), strict=True)
-    return torch.cat([plain_attention(*(x[None] for x in part), None, True, 0.0)[0] for part in parts], 1).transpose(
-        0, 1
-    )
-
-
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", MASKS)
-def test_attention_by_documents_equals_the_mask(monkeypatch, name, way):
-    """Values and gradients, by the loop of a CPU and by the call of a GPU's kernel, a stand-in taking its place."""
-    mask = torch.tensor(MASKS[name])
-    q, k, v = (torch.randn(2, 12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    weights = torch.randn(2, 12, 4, 8) * (mask > 0)[..., None, None]
-    expected = plain_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), model_minimind.visible_keys(mask, 12), False, 0.0
-    )
-    monkeypatch.setattr(model_minimind, "varlen_attn", varlen_on_cpu)
-    bounds = model_minimind.document_bounds(mask)
-    out = model_minimind.document_attention(q, k, v, bounds, 0.0, by_kernel=way == "cuda")
-    torch.testing.assert_close(out[mask > 0], expected.transpose(1, 2)[mask > 0], **CLOSE)
-    got = torch.autograd.grad((out * weights).sum(), [q, k, v])
-    wanted = torch.autograd.grad((expected.transpose(1, 2) * weights).sum(), [q, k, v])
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
-
-
-def test_training_on_packed_rows_builds_no_mask(monkeypatch):
-    """No T x T mask where attention takes documents; with a cache, or padding inside a document, it is needed."""
-    built = []
-    visible_keys = model_minimind.visible_keys
-    monkeypatch.setattr(model_minimind, "visible_keys", lambda *keys: built.append(1) or visible_keys(*keys))
-    model, ids = make_model().train(), random_ids(2, 12)
-    for mask in MASKS.values():
-        model(ids, attention_mask=torch.tensor(mask), labels=ids)
-    assert not built
-    model(ids, attention_mask=torch.tensor([[1] * 12, [1] * 4 + [0] + [1] * 7]), labels=ids)
-    assert len(built) == 1
-    model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    assert len(built) == 2
-
-
-def test_holes_do_not_advance_positions(model):
-    """Padding inside a document (a padded prompt, then a response) is as if it were not there."""
-    ids = random_ids(1, 9)
-    holes = torch.cat((ids[:, :4], torch.zeros(1, 3, dtype=torch.long), ids[:, 4:]), 1)
-    mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * 5])
-    out, alone = model(holes, attention_mask=mask, labels=holes), model(ids, labels=ids)
-    torch.testing.assert_close(out.logits[mask > 0], alone.logits[0], **CLOSE)
-    torch.testing.assert_close(out.token_losses[mask > 0], alone.token_losses[0], **CLOSE)
-    torch.testing.assert_close(out.loss, alone.loss)
-
-
-def test_given_positions_win(model):
-    ids = random_ids(1, 8)
-    positions = torch.arange(8)[None] * 3
-    assert not torch.allclose(model(ids).logits, model(ids, position_ids=positions).logits, atol=1e-3)
-    shifted = model(ids, position_ids=torch.arange(8)[None] + 100)
-    torch.testing.assert_close(shifted.logits, model(ids).logits, atol=1e-4, rtol=1e-4)  # only distances matter
-
-
-def test_no_mask_takes_the_causal_way_and_a_mask_comes_alone(model, monkeypatch):
-    """Mistakes 5 and 6: never attn_mask and is_causal at once; one boolean mask for all layers."""
-    seen = []
-    attention = F.scaled_dot_product_attention
-
-    def spy(q, k, v, attn_mask=None, is_causal=False, **keys):
-        seen.append((attn_mask, is_causal))
-        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **keys)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    model(random_ids(1, 6))
-    assert seen == [(None, True)] * 2
-    seen.clear()
-    model(random_ids(2, 6), attention_mask=torch.ones(2, 6, dtype=torch.long))
-    assert [causal for _, causal in seen] == [False, False]
-    assert seen[0][0] is seen[1][0] and seen[0][0].dtype == torch.bool and seen[0][0].shape == (2, 1, 6, 6)
-
-
-def test_forward_and_backward_never_read_a_value():
-    """Mistake 6: on meta tensors there is no value to read, so a hidden `.item()` or `if tensor` raises."""
-    with torch.device("meta"):
-        model = MiniMindForCausalLM(MiniMindConfig(**SIZES))
-        ids = torch.zeros(2, 8, dtype=torch.long)
-        for mask in (None, torch.ones_like(ids)):
-            for keys in ({"return_logits": False}, {}):
-                model(ids, attention_mask=mask, labels=ids, **keys).loss.backward()
-
-
-def test_mask_of_wrong_length_is_refused(model):
-    with pytest.raises(ValueError, match="covers 5 tokens"):
-        model(random_ids(1, 8), attention_mask=torch.ones(1, 5, dtype=torch.long))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,169 +322,7 @@ def test_beam_search_and_several_samples_equal_llama(model, llama):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def naive_token_losses(logits, labels):
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return F.pad(losses, (1, 0))
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])
-@pytest.mark.parametrize("on_cpu_path", [True, False])
-def test_losses_and_gradients_for_any_token_weights(monkeypatch, chunk, on_cpu_path):
-    monkeypatch.setattr(model_minimind, "LOSS_CHUNK", chunk)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: not on_cpu_path)
-    model = make_model()
-    ids = random_ids(3, 15)
-    labels = ids.masked_fill(torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
-    weights = torch.randn(3, 15)
-    expected = naive_token_losses(model(ids).logits, labels)
-    wanted = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
-    for return_logits in (True, False):
-        out = model(ids, labels=labels, return_logits=return_logits)
-        assert (out.logits is None) == (not return_logits)
-        assert out.token_losses.shape == (3, 15) and out.token_losses.dtype == torch.float32
-        torch.testing.assert_close(out.token_losses, expected, **CLOSE)
-        assert (out.token_losses[labels == -100] == 0).all() and (out.token_losses[:, 0] == 0).all()
-        torch.testing.assert_close(out.loss, expected.sum() / (labels[:, 1:] >= 0).sum())
-        got = torch.autograd.grad((out.token_losses * weights).sum(), list(model.parameters()))
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_loss_against_float64(early):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
-    targets = torch.tensor([0, 8, 3, 3, 1])
-    losses = LinearCrossEntropy.apply(hidden, weight, targets, early)
-    grad = torch.autograd.grad(losses[1] * 2 - losses[3], [hidden, weight])
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    exact = F.cross_entropy(h @ w.t(), targets, reduction="none")
-    for a, b in zip(grad, torch.autograd.grad(exact[1] * 2 - exact[3], [h, w]), strict=True):
-        torch.testing.assert_close(a.double(), b, **CLOSE)
-
-
-@pytest.mark.parametrize("weight, products", [(1.0, 3), (None, 6)])
-def test_equal_weights_compute_the_logits_once(weight, products):
-    """Three products of the head a chunk; three more only where the tokens' losses are weighted differently."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    hidden, matrix = (torch.randn(n, 16, requires_grad=True) for n in (40, 64))
-    weights = torch.rand(40) if weight is None else torch.full((40,), weight)
-    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        losses = LinearCrossEntropy.apply(hidden.bfloat16(), matrix.bfloat16(), torch.arange(40), True)
-        (losses * weights).sum().backward()
-    assert counter.get_total_flops() == products * 2 * 40 * 16 * 64
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = make_model()
-        model.config.num_hidden_layers, model.model.layers = 0, torch.nn.ModuleList()
-        model(random_ids(1, 9), labels=random_ids(1, 9), return_logits=False)
-    assert counter.get_total_flops() == 2 * 8 * 64 * 97  # no gradient is wanted, none is computed
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_frozen_head_gets_no_gradient(early):
-    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6)
-    LinearCrossEntropy.apply(hidden, weight, torch.arange(5), early).sum().backward()
-    assert hidden.grad.abs().sum() > 0 and weight.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_own_backward_passes_equal_autograd(dtype):
-    """RMSNorm and the rotation against the plain formulas, in float64."""
-    torch.manual_seed(0)
-    x, weight, grad = torch.randn(2, 5, 3, 8), torch.randn(8), torch.randn(2, 5, 3, 8)
-    cos, sin = torch.randn(2, 5, 1, 4), torch.randn(2, 5, 1, 4)
-
-    def norm(x, weight):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
-
-    def turn(x, weight):
-        a, b = (x * weight).chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-    ours = {
-        norm: lambda x, weight: model_minimind.Normalise.apply(x, weight, 1e-5, dtype),
-        turn: lambda x, weight: model_minimind.Rotate.apply(x * weight, torch.cat((cos, cos), -1), sin),
-    }
-    for formula, own in ours.items():
-        inputs = [each.clone().requires_grad_() for each in (x, weight)]
-        exact = [each.double().requires_grad_() for each in (x, weight)]
-        out, expected = own(*inputs), formula(*exact)
-        close = {"atol": 1e-5, "rtol": 1e-5} if out.dtype == torch.float32 else {"atol": 5e-2, "rtol": 2e-2}
-        torch.testing.assert_close(out.double(), expected, **close)
-        for a, b in zip(
-            torch.autograd.grad(out, inputs, grad.to(out.dtype)),
-            torch.autograd.grad(expected, exact, grad),
-            strict=True,
-        ):
-            torch.testing.assert_close(
-                a.double(),
-                b,
-                **(close if a.dtype == torch.float32 and dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}),
-            )
-
-
-def test_half_precision_loss_matches_naive():
-    model = make_model()
-    ids = random_ids(2, 40)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(ids, labels=ids)
-    expected = naive_token_losses(out.logits, ids)
-    torch.testing.assert_close(out.token_losses, expected, atol=1e-3, rtol=1e-3)
-    got = torch.autograd.grad(out.loss, list(model.parameters()), retain_graph=True)
-    wanted = torch.autograd.grad(expected[:, 1:].mean(), list(model.parameters()))
-    for a, b in zip(got, wanted, strict=True):
-        assert (a - b).norm() < 0.03 * b.norm()
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_no_float32_logits_are_held(monkeypatch, autocast):
-    """Neither kept for the backward pass nor alive at once: no float32 tensor of tokens x vocabulary."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.float32 = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                    self.float32 = max(self.float32, tensor.numel())
-            return out
-
-    monkeypatch.setattr(model_minimind, "LOSS_CHUNK", 32)
-    model = make_model(vocab_size=8000, hidden_size=16)
-    ids = random_ids(4, 64)
-    saved = []
-    with (
-        Largest() as largest,
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
-    ):
-        model(ids, labels=ids, return_logits=False).loss.backward()
-    assert largest.float32 < 4 * 64 * 8000 / 2
-    kept = {x.data_ptr(): x.numel() for x in saved if x.dtype == torch.float32}
-    assert sum(kept.values()) < 4 * 64 * 8000 / 2
-
-
-def test_loss_without_targets_is_zero(model):
-    ids = random_ids(2, 6)
-    out = model(ids, labels=torch.full_like(ids, -100), return_logits=False)
-    assert out.loss == 0 and (out.token_losses == 0).all()
-    out.loss.backward()
-    assert model(ids).loss is None and model(ids).token_losses is None
-    model.zero_grad()
-
-
-def test_num_items_in_batch_replaces_the_count(model):
-    ids = random_ids(2, 6)
-    out = model(ids, labels=ids, num_items_in_batch=torch.tensor(40))
-    torch.testing.assert_close(out.loss, out.token_losses.sum() / 40)
+# Arguments
 
 
 def test_logits_to_keep(model):
@@ -733,7 +386,8 @@ def test_remote_code_folder(tmp_path, monkeypatch):
     model = make_model()
     folder = tmp_path / "folder"
     model.save_pretrained(folder)
-    assert {"LMConfig.py", "model_minimind.py", "errors.py"} <= {path.name for path in folder.iterdir()}
+    parts = {"LMConfig.py", "model_minimind.py", "attention.py", "functional.py", "loss.py", "errors.py"}
+    assert parts <= {path.name for path in folder.iterdir()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert type(config) is not MiniMindConfig and type(again) is not MiniMindForCausalLM
@@ -844,23 +498,3 @@ def test_trl_sft(tmp_path, tokenizer):
     before = model.model.norm.weight.clone()
     result = trainer.train()
     assert math.isfinite(result.training_loss) and not torch.equal(before, model.model.norm.weight)
-
-
-@pytest.mark.parametrize("hint", [True, False])
-def test_gradients_hold_for_any_weights_of_the_token_losses(hint):
-    """equal_weights is a hint about speed: right or wrong, the gradient is that of whole logits."""
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=1, vocab_size=50)).train()
-    ids, grads = torch.randint(50, (2, 9)), []
-    for weights in torch.ones(2, 9), torch.rand(2, 9):
-        model.zero_grad()
-        output = model(ids, labels=ids, return_logits=False, equal_weights=hint)
-        (output.token_losses * weights).sum().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-        model.zero_grad()
-        whole = torch.nn.functional.cross_entropy(
-            model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        (whole * weights[:, 1:].flatten()).sum().backward()
-        for ours, parameter in zip(grads[-1], model.parameters(), strict=True):
-            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)

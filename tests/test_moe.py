@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from model import model_minimind
 from model.errors import UsageError
+from model.functional import grouped_experts
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM, MoEFeedForward, balance_loss
 
@@ -42,7 +43,7 @@ def reference(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
 def dispatch(request, monkeypatch):
     """Each of the three ways of dispatch, on the CPU."""
     if request.param == "grouped":
-        monkeypatch.setattr(model_minimind, "each_expert", model_minimind.grouped_experts)
+        monkeypatch.setattr(model_minimind, "each_expert", grouped_experts)
     if request.param == "every expert":
         monkeypatch.setattr(MoEFeedForward, "route", MoEFeedForward.route_all)
     return request.param

@@ -9,16 +9,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from model.attention import positions_from_mask, visible_keys
 from model.errors import UsageError
+from model.functional import Rotate
 from model.LMConfig import MiniMindConfig
-from model.model_minimind import (
-    MiniMindForCausalLM,
-    Rotate,
-    positions_from_mask,
-    rotary_frequencies,
-    rotary_tables,
-    visible_keys,
-)
+from model.model_minimind import MiniMindForCausalLM, rotary_frequencies, rotary_tables
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 

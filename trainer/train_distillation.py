@@ -31,10 +31,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
+from model.attention import positions_from_mask, visible_keys
 from model.errors import InputError
 from model.LMConfig import PRESETS
 from model.loading import find_weights, load_model, load_tokenizer, missing
-from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, positions_from_mask, shifted_targets, visible_keys
+from model.loss import shifted_targets
+from model.model_minimind import MiniMindForCausalLM, MiniMindOutput
 from trainer.runtime.flags import COUNT, common_parser, number
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.errors import InputError
-from model.model_minimind import LOSS_CHUNK
+from model.loss import LOSS_CHUNK
 from trainer.runtime.distributed import local_world_size
 
 PROBE_TOKENS = 64  # of one row; and twice as many, for what grows with them
