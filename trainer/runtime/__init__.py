@@ -8,5 +8,6 @@ engine.py           forward, backward, clip, step: on one process or several;  d
 optimizers.py       Muon and AdamW
 evaluation.py       held-out means;  meters.py  what the log tells;  run_log.py  progress line, log, curve, SwanLab
 checkpoint.py       exact resume, and the self-test that proves it
-devices.py          device and precision;  memory.py  will it fit?;  distributed.py  processes and what they exchange
+devices.py          device and precision;  memory.py  will it fit?
+distributed.py      processes and what they exchange
 """
