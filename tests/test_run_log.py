@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 
 from trainer import train_pretrain
+from trainer.runtime import run as run_module
 from trainer.runtime import run_log
 from trainer.runtime.engine import Engine
 from trainer.runtime.run_log import RunLog, clock, format_meter, keep_steps, read_records
@@ -133,6 +135,36 @@ def test_a_curve_without_numbers_is_no_warning(tmp_path, recwarn):
     run.write(1, 10, {"loss": float("nan")}, 1)
     run.close()
     assert (tmp_path / "pretrain_64.png").read_bytes().startswith(b"\x89PNG") and not len(recwarn)
+
+
+def test_the_curve_needs_no_backend(tmp_path, monkeypatch):
+    """MPLBACKEND may name one that is not there, as a notebook's is not in what the notebook starts."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it is what opens backends
+    run = log(tmp_path)
+    run.write(1, 10, {"loss": 2.0}, 0)
+    run.close()
+    assert (tmp_path / "pretrain_64.png").read_bytes().startswith(b"\x89PNG")
+
+
+def fail(*_):
+    raise ValueError("Key backend: 'nowhere' is not a valid value\nfor backend")
+
+
+def test_a_curve_that_fails_is_a_note(data, monkeypatch, capsys):
+    monkeypatch.setattr(RunLog, "plot", fail)
+    logs = train(data, "--max_steps=1")
+    err = capsys.readouterr().err
+    assert err == "note: the curve was not drawn: Key backend: 'nowhere' is not a valid value\n"
+    assert (logs.parent / "pretrain_64.pth").exists()
+
+
+def test_a_curve_that_fails_hides_no_error(fake, data, monkeypatch, capsys):
+    monkeypatch.setattr(RunLog, "plot", fail)
+    monkeypatch.setattr(run_module.Run, "save", lambda *_: 1 / 0)
+    monkeypatch.setattr(fake, "finish", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(data, "--max_steps=1", "--use_wandb")
+    assert capsys.readouterr().err == ""
 
 
 def test_how_numbers_are_shown():

@@ -99,21 +99,28 @@ class RunLog:
         print(f"SwanLab: {mode}, project {project}" + ("" if mode == "online" else f", in {folder}"))
 
     def close(self) -> None:
-        """Draw the curve and end the tracker."""
-        if self.writes and self.records:
-            self.plot()
-        if self.tracker:
-            self.tracker.finish()
-            self.tracker = None
+        """Draw the curve and end the tracker. Both are extras: a failure is a note, and hides no error of the run."""
+        ending = sys.exception()  # what ends the run, if something does: its sentence is the one to read
+        extras = {"the curve was not drawn": self.plot} if self.writes and self.records else {}
+        extras |= {"SwanLab did not get everything": self.tracker.finish} if self.tracker else {}
+        self.tracker = None
+        for failure, extra in extras.items():
+            try:
+                extra()
+            except Exception as error:
+                if ending is None:
+                    said = str(error).strip().splitlines() or [type(error).__name__]
+                    print(f"note: {failure}: {said[0]}", file=sys.stderr)
 
     def plot(self) -> None:
-        """Draw the loss curve of the log into out/logs/<name>.png."""
-        import matplotlib
+        """Draw the loss curve of the log into out/logs/<name>.png.
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
+        Without pyplot, which would open the backend that MPLBACKEND names: a notebook's, for one.
+        """
+        from matplotlib.figure import Figure
 
-        figure, axes = plt.subplots(figsize=(8, 4.5))
+        figure = Figure(figsize=(8, 4.5))
+        axes = figure.subplots()
         for key, style in (("loss", "-"), ("val_loss", "o-")):
             points = [(r["tokens"], r[key]) for r in self.records if r.get(key) is not None]
             if points:
@@ -123,7 +130,6 @@ class RunLog:
         if axes.lines:
             axes.legend()
         write_files({self.path.with_suffix(".png"): lambda file: figure.savefig(file, dpi=110, bbox_inches="tight")})
-        plt.close(figure)
 
 
 def read_records(path: Path) -> list[dict]:
