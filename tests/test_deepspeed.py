@@ -23,7 +23,8 @@ from processes import PATIENCE, ROOT, Training, free_port, wait_for
 from model.errors import InputError, UsageError
 from trainer import train_pretrain
 from trainer.runtime import deepspeed_engine, engine
-from trainer.runtime.deepspeed_engine import check_deepspeed
+from trainer.runtime.deepspeed_engine import check_deepspeed, read_settings, zero_stage
+from trainer.runtime.flags import choose_defaults
 from trainer.runtime.run import Run
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--optimizer=adamw"]
@@ -258,6 +259,17 @@ WRONG = {
     json.dumps({**STAGE_2, "gradient_accumulation_steps": 4}): (UsageError, "to 4, but --accumulation_steps is 2"),
     json.dumps({**STAGE_2, "gradient_clipping": 0.5}): (UsageError, "to 0.5, but --grad_clip is 1.0"),
     json.dumps({**STAGE_2, "fp16": {"enabled": True}}): (UsageError, "float16, but --dtype is float32"),
+    json.dumps({**STAGE_2, "bf16": True}): (InputError, r'sets bf16 to true, which must be .* as \{"enabled": true\}'),
+    json.dumps({**STAGE_2, "fp16": "auto"}): (InputError, 'sets fp16 to "auto", which'),
+    json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}): (
+        InputError,
+        r'sets zero_optimization.offload_optimizer to "cpu", .* as \{"device": "cpu"\}',
+    ),
+    json.dumps({"zero_optimization": {"stage": "2"}}): (UsageError, 'ZeRO stage "2": set'),
+    json.dumps({"zero_optimization": {"stage": True}}): (UsageError, "ZeRO stage true: set"),
+    json.dumps({"zero_optimization": {"stage": 2.0}}): (UsageError, "ZeRO stage 2.0: set"),
+    json.dumps({"zero_optimization": 2}): (InputError, "no DeepSpeed configuration"),
+    "[" * 100_000: (InputError, "is no JSON"),
 }
 
 
@@ -271,6 +283,30 @@ def test_a_wrong_file_is_refused_before_anything_is_written(settings, data, tmp_
         Run(args, "pretrain")
     assert error.type is kind
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage"),
+    [
+        (["--deepspeed_config=FILE"], 3),
+        (["--deepspeed", "--deepspeed_config", "FILE"], 3),  # as DeepSpeed's own examples have it
+        (["--deepspeed_config", "FILE", "--deepspeed"], 3),
+        (["--deepspeed=FILE", "--deepspeed_config=FILE"], 3),
+        (["--deepspeed", "--local-rank=0"], 2),  # as torch.distributed.launch passes it
+        (["--deepspeed", "--local_rank=0"], 2),
+    ],
+)
+def test_other_ways_to_name_the_file_and_the_rank(flags, stage, data, tmp_path):
+    config = config_file(tmp_path, {"zero_optimization": {"stage": 3}})
+    args = train_pretrain.parse_args(flags_of(data, tmp_path, *(flag.replace("FILE", str(config)) for flag in flags)))
+    choose_defaults(args, torch.device("cpu"))
+    assert zero_stage(read_settings(args.deepspeed)) == stage
+
+
+def test_two_different_files_are_refused(data, tmp_path):
+    args = train_pretrain.parse_args(flags_of(data, tmp_path, "--deepspeed=a.json", "--deepspeed_config=b.json"))
+    with pytest.raises(UsageError, match=r"--deepspeed a\.json and --deepspeed_config b\.json"):
+        choose_defaults(args, torch.device("cpu"))
 
 
 def test_auto_and_equal_numbers_are_accepted(data, tmp_path):

@@ -241,9 +241,10 @@ def check_deepspeed(args: Namespace, dtype: torch.dtype) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError("--deepspeed needs the package of that name (Linux): pip install deepspeed==0.19.8")
     settings = read_settings(args.deepspeed)
-    if zero_stage(settings) not in (1, 2, 3):
+    stage = zero_stage(settings)
+    if type(stage) is not int or stage not in (1, 2, 3):  # True and 2.0 are equal to some
         raise UsageError(
-            f"{args.deepspeed} sets ZeRO stage {zero_stage(settings)}: set zero_optimization.stage to 1, 2 or 3, "
+            f"{args.deepspeed} sets ZeRO stage {json.dumps(stage)}: set zero_optimization.stage to 1, 2 or 3, "
             "or leave --deepspeed out, which replicates the model over the processes"
         )
     device = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
@@ -258,10 +259,21 @@ def read_settings(file: str) -> dict[str, Any]:
         return DEFAULT
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise InputError(f'{file} is no DeepSpeed configuration, such as {{"zero_optimization": {{"stage": 2}}}}')
+    zero = settings.get("zero_optimization", {})
+    sections = {
+        "fp16": settings.get("fp16"), "bf16": settings.get("bf16"),
+        "zero_optimization.offload_optimizer": zero.get("offload_optimizer"),
+    }  # fmt: skip
+    for name, section in sections.items():
+        if section and not isinstance(section, dict):
+            example = '{"device": "cpu"}' if "offload" in name else '{"enabled": true}'
+            raise InputError(
+                f"{file} sets {name} to {json.dumps(section)[:60]}, which must be an object such as {example}"
+            )
     return settings
 
 

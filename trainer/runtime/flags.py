@@ -138,7 +138,9 @@ def add_machine_flags(group) -> None:
         "--deepspeed", nargs="?", const="default", metavar="CONFIG",
         help="train through DeepSpeed with this JSON, or bare with ZeRO stage 2; start with `deepspeed --num_gpus N`",
     )  # fmt: skip
-    group.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    group.add_argument("--deepspeed_config", metavar="CONFIG", help=argparse.SUPPRESS)  # DeepSpeed's own way to name it
+    # The deepspeed launcher passes the one, torch.distributed.launch the other.
+    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def add_output_flags(group) -> None:
@@ -184,6 +186,12 @@ def add_weight_flags(parser: argparse.ArgumentParser, stage: str, stages: list[s
 
 def choose_defaults(args: argparse.Namespace, device: torch.device) -> None:
     """Fill in the flags whose default depends on the device or on other flags."""
+    if args.deepspeed_config is not None:
+        if args.deepspeed not in (None, "default", args.deepspeed_config):
+            raise UsageError(
+                f"--deepspeed {args.deepspeed} and --deepspeed_config {args.deepspeed_config}: give one file"
+            )
+        args.deepspeed = args.deepspeed_config
     on_cpu = device.type == "cpu"
     if args.accumulation_steps is None:
         args.accumulation_steps = 2 if on_cpu and args.batch_size is None else 1
