@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ def save_weights(
         "config": {**config, "original_max_position_embeddings": trained_length},
     }
     text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    write_files({path: lambda f: torch.save(state, f), path.with_suffix(".json"): lambda f: f.write(text.encode())})
+    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    write_files({path: lambda f: torch.save(state, f), path.with_suffix(".json"): lambda f: f.write(text)})
 
 
 def with_tied(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ def half_precision(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def write_files(writers: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
     """Write files beside their names, then rename them: a kill or a full disk leaves the former ones whole."""
-    beside = {path: path.with_name(path.name + ".tmp") for path in writers}
+    beside = {path: path.with_name(f"{path.name}.{uuid4().hex}.tmp") for path in writers}
     try:
         for path, write in writers.items():
             path.parent.mkdir(parents=True, exist_ok=True)

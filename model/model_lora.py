@@ -186,7 +186,8 @@ def save_lora(
     info |= {"data_file": Path(data_path).name, "data_hash": data_hash}
     info["config"] = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    write_files({path: lambda f: torch.save(values, f), path.with_suffix(".json"): lambda f: f.write(text.encode())})
+    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    write_files({path: lambda f: torch.save(values, f), path.with_suffix(".json"): lambda f: f.write(text)})
 
 
 def find_lora(out_dir: str | Path, name: str | Path, config: Any) -> Path:

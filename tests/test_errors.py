@@ -274,6 +274,32 @@ def test_float16_on_a_cpu(script, home, capsys):
     assert "bfloat16 or float32" in fails(capsys, home, script, flags, code=2)
 
 
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT has no value"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT has no value"),
+        ({**LAUNCHED, "RANK": ""}, "variables RANK has no value"),
+        ({**LAUNCHED, "RANK": "first"}, "RANK is 'first', not a number"),
+        ({**LAUNCHED, "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2', not a number"),
+        ({**LAUNCHED, "MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
+    ],
+)
+def test_half_a_launcher(variables, words, home, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start = importlib.import_module("trainer.runtime.start")
+    monkeypatch.setattr("test_errors.run_in_process", start.run_training)  # it asks for the rank when a run ends
+    monkeypatch.setattr(start.time, "sleep", lambda seconds: None)
+    message = fails(capsys, home, "trainer.train_pretrain", pretrain(home), code=2)
+    assert words in message
+
+
 # ---------------------------------------------------------------------------------------- places that cannot be written
 
 

@@ -1,5 +1,6 @@
 """The estimate of a run's memory, against what a step takes, and the refusal of what cannot fit."""
 
+import errno
 import json
 import random
 import re
@@ -14,7 +15,7 @@ from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_pretrain
-from trainer.runtime import memory
+from trainer.runtime import memory, steps
 from trainer.runtime.run import Run
 
 CPU = ["--device=cpu", "--dtype=float32"]
@@ -85,11 +86,53 @@ def test_what_cannot_fit_is_refused_with_what_would(data, tmp_path, monkeypatch,
     train_pretrain.main(train_pretrain.parse_args(again))  # what was advised is not refused
 
 
+def test_a_batch_is_no_larger_than_the_data(tmp_path, monkeypatch, capsys):
+    """A few rows fit, whatever --batch_size says; the step is the same."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two words"}\n{"text": "the third one"}\n')
+    flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", "--packing=0", "--max_steps=2"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 300 * 2**20)
+    losses = []
+    for batch_size in (3, 100_000):
+        out = tmp_path / str(batch_size)
+        more = [f"--data_path={path}", f"--out_dir={out}", f"--batch_size={batch_size}", "--log_interval=1"]
+        train_pretrain.main(train_pretrain.parse_args([*flags, *more]))
+        losses.append([json.loads(line)["loss"] for line in (out / "logs" / "pretrain_64.jsonl").open()])
+        assert "a step: 1 x 3 rows = " in capsys.readouterr().out
+    assert losses[0] == losses[1]
+
+
 def test_not_even_a_row(data, tmp_path, monkeypatch):
     flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", f"--data_path={data}"]
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
     with pytest.raises(memory.InputError, match="not even one row fits"):
         train_pretrain.main(train_pretrain.parse_args([*flags, f"--out_dir={tmp_path}"]))
+
+
+SHARED = [
+    OSError(errno.ENOSPC, "No space left on device"),  # of a semaphore
+    OSError(errno.EROFS, "Read-only file system"),
+    RuntimeError("unable to write to file </torch_81_3_0>: No space left on device (28)"),
+    RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers "
+                 "are out of shared memory. Please try to raise your shared memory limit."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", SHARED, ids=str)
+def test_shared_memory_of_loader_processes_is_told_from_a_disk(error, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.DataLoader, "__iter__", lambda self: (_ for _ in ()).throw(error))
+    flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", f"--data_path={data}"]
+    flags += [f"--out_dir={tmp_path}", "--max_steps=1"]
+    with pytest.raises(memory.InputError, match=r"/dev/shm is full or cannot be written: .* --num_workers 0"):
+        train_pretrain.main(train_pretrain.parse_args([*flags, "--num_workers=1"]))
+    with pytest.raises(type(error)) as same:  # no process, no shared memory
+        train_pretrain.main(train_pretrain.parse_args([*flags, "--num_workers=0"]))
+    assert same.value is error
+
+
+def test_a_file_that_loaders_cannot_read_is_told_as_such():
+    assert not steps.lacks_shared_memory(OSError(errno.EACCES, "Permission denied", "out/cache/ids.bin"))
+    assert not steps.lacks_shared_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_the_probe_leaves_no_trace(tmp_path):

@@ -8,6 +8,6 @@ engine.py           forward, backward, clip, step: on one process or several;  d
 optimizers.py       Muon and AdamW
 evaluation.py       held-out means;  meters.py  what the log tells;  run_log.py  progress line, log, curve, SwanLab
 checkpoint.py       exact resume, and the self-test that proves it
-devices.py          device and precision;  memory.py  will it fit?
+devices.py          device and precision;  memory.py  will it fit?  places.py  can it write, and is it alone there?
 distributed.py      processes and what they exchange
 """

@@ -26,16 +26,41 @@ def world_size() -> int:
 
 def launched_rank() -> int:
     """The rank that a launcher gave this process, before anything is initialised."""
-    return int(os.environ.get("RANK", 0))
+    return launch_number("RANK", 0)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return launch_number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Processes of this launch on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return launch_number("LOCAL_WORLD_SIZE", 0) or launch_number("LOCAL_SIZE", 1)
+
+
+def launch_number(name: str, otherwise: int) -> int:
+    """A number that launchers give in the environment."""
+    value = os.environ.get(name) or str(otherwise)
+    if not value.isdecimal():
+        raise UsageError(
+            f"the environment variable {name} is {value!r}, not a number: start with torchrun, or unset it"
+        )
+    return int(value)
+
+
+def check_launch() -> None:
+    """UsageError where the environment has a part alone of what launchers set, or numbers that cannot be."""
+    if "RANK" not in os.environ:
+        return
+    together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in together if not os.environ.get(name)]:
+        raise UsageError(
+            f"launchers set {', '.join(together)} together, but of these environment variables {', '.join(missing)} "
+            "has no value: start with torchrun, or unset RANK"
+        )
+    launch_number("MASTER_PORT", 0)
+    if launched_rank() >= launch_number("WORLD_SIZE", 1):
+        raise UsageError(f"RANK is {launched_rank()} and WORLD_SIZE {os.environ['WORLD_SIZE']}: ranks count from 0")
 
 
 def start_processes(device: torch.device, *, always: bool = False) -> None:

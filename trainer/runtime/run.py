@@ -37,12 +37,13 @@ from trainer.runtime.checkpoint import (
     write_checkpoint,
 )
 from trainer.runtime.devices import pick_device, pick_dtype
-from trainer.runtime.distributed import gather, local_rank, rank, start_processes, world_size
+from trainer.runtime.distributed import check_launch, gather, local_rank, rank, start_processes, world_size
 from trainer.runtime.engine import Engine
 from trainer.runtime.evaluation import evaluate
 from trainer.runtime.flags import choose_defaults
 from trainer.runtime.memory import check_memory, told_memory
 from trainer.runtime.meters import Meters, peak_expert_load
+from trainer.runtime.places import claim, make_writable, remove_leftovers
 from trainer.runtime.run_log import RunLog, keep_steps
 from trainer.runtime.steps import (
     Step,
@@ -64,6 +65,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, stage: str, folder: str = ""):
         """stage names the files of the run; folder: where under --out_dir its weights go."""
         self.args, self.stage, self.folder = args, stage, folder
+        check_launch()
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
         choose_defaults(args, self.device)
@@ -75,7 +77,8 @@ class Run:
         self.batch_size, self.learning_rate = args.batch_size, args.learning_rate
         start_processes(self.device, always=args.deepspeed is not None)
         self.is_main = rank() == 0
-        self.name = stage  # becomes stage_hidden[_moe] when the model is known
+        self.name = stage  # becomes stage_hidden[_moe] when the model is known: take_name()
+        self.lock = nullcontext()
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
         self.step = self.epoch = self.row = self.tokens = self.skipped_steps = self.resumed_at = 0
         self.checkpoint: dict | None = None  # of the run that this one resumes
@@ -84,7 +87,7 @@ class Run:
         self.current_update: Update | None = None
         self.stop_signal = 0
         if local_rank() == 0:
-            make_writable(args.out_dir / "logs", stage)
+            make_writable(args.out_dir / "logs")
         self.logs = RunLog(args.out_dir / "logs", stage, self.device)
         random.seed(args.seed)
         np.random.seed(args.seed)
@@ -105,12 +108,21 @@ class Run:
         """The context for forward passes: matrix products in self.dtype, weights stay float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
+    def take_name(self, name: str) -> None:
+        """Call the run, and so its files, like this; InputError where another run of that name writes here now."""
+        self.name = name
+        if self.is_main and (lock := claim(self.logs.folder / f".{name}.lock", name)):
+            self.lock = lock
+            checkpoints = checkpoint_path(self.args.out_dir, self.weights).parent
+            remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, name)
+
     def plan(self, model: nn.Module, train_set, whole_logits: int = 0) -> None:
         """Count the steps, print the arithmetic of the run, and end it here if it cannot fit into memory.
 
         whole_logits: see memory.py.
         """
         args, parameters = self.args, sum(p.numel() for p in model.parameters())
+        self.batch_size = min(self.batch_size, math.ceil(len(train_set) / world_size()))  # no step has more rows
         self.total_steps = count_steps(train_set, self)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = f", {trained / 1e6:.2f}M of them trained," if trained < parameters else ""
@@ -170,7 +182,8 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.logs.close()
+            with self.lock:
+                self.logs.close()
 
     def steps(self, val_set, totals: Callable | None, tokenizer, draw: Callable | None) -> Iterator[Step]:
         """The steps of training(), each followed by what is due after it. What a checkpoint holds has been told."""
@@ -313,11 +326,3 @@ class Run:
             again = "" if self.launched else "; again: at once, without saving"
             print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
         self.stop_signal = number
-
-
-def make_writable(folder: Path, stage: str) -> None:
-    """An unwritable place is told now, not after an hour."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{stage}.probe"
-    probe.touch()
-    probe.unlink()

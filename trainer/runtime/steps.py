@@ -5,6 +5,7 @@ tensors with an "attention_mask", set_epoch(epoch), count_targets(batch), descri
 tokens_per_row(), data_path, data_hash.
 """
 
+import errno
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.lm_dataset import BLANK
+from model.errors import InputError
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import DECAY_RATIO
 
@@ -147,11 +149,28 @@ def micro_batches(dataset, run, rows: list[list[int]]) -> Iterator[MicroBatch]:
         generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
         worker_init_fn=leave_group,
     )  # fmt: skip
-    for numbers, batch in zip(rows, loader, strict=True):
-        tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
-        tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
-        inputs = {key: tensors.pop(key) for key in MODEL_INPUTS if key in tensors}
-        yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
+    try:
+        for numbers, batch in zip(rows, loader, strict=True):
+            tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
+            tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+            inputs = {key: tensors.pop(key) for key in MODEL_INPUTS if key in tensors}
+            yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
+    except (OSError, RuntimeError) as error:
+        if run.args.num_workers and lacks_shared_memory(error):
+            raise InputError(
+                "the processes of --num_workers need shared memory, and /dev/shm is full or cannot be written: make it "
+                "larger (docker run --shm-size 1g), or add --num_workers 0"
+            ) from error
+        raise
+
+
+def lacks_shared_memory(error: Exception) -> bool:
+    """Whether a loader or its process failed for want of shared memory: semaphores, or the tensors of a batch."""
+    refused = isinstance(error, OSError) and error.filename is None  # files have a name
+    told = ("shared memory", "/torch_", "(shm)", "Bus error")
+    return (refused and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES)) or any(
+        word in str(error) for word in told
+    )
 
 
 def leave_group(worker: int) -> None:
