@@ -332,6 +332,14 @@ def test_resume_wants_the_same_alpha_tau_and_teacher(home, tmp_path):
     ):
         with pytest.raises(InputError, match=name):
             train(home, tmp_path, "--max_steps=4", "--from_resume=1", *flags)
+    told = (home / "out" / TEACHER).with_suffix(".json")
+    before = told.read_text()
+    try:  # the same weights, which compute otherwise
+        told.write_text(before.replace('"rope_theta": 1000000.0', '"rope_theta": 10000.0'))
+        with pytest.raises(InputError, match="teacher config"):
+            train(home, tmp_path, "--max_steps=4", "--from_resume=1")
+    finally:
+        told.write_text(before)
     resumed = train(home, tmp_path, "--max_steps=4", "--from_resume=1")
     assert [line["step"] for line in resumed.log] == [1, 2, 3, 4]
 

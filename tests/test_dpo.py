@@ -301,11 +301,59 @@ def test_reference_is_computed_once(home, tmp_path, tokenizer):
 def test_a_damaged_reference_is_computed_anew(damage, home, tmp_path, tokenizer):
     dataset, run, model = dataset_of(home, tokenizer, tmp_path / "cache"), new_run(home, tmp_path), make_model()
     train_dpo.add_reference(dataset, model, "r", run)
-    (path,) = (tmp_path / "cache").glob("*/reference_r_float32.npy")
+    (path,) = (tmp_path / "cache").glob("*/reference_r_*_float32.npy")
     whole = path.read_bytes()
     path.write_bytes(whole[:-40] if damage is None else damage)
     train_dpo.add_reference(dataset, model, "r", run)
     assert path.read_bytes() == whole
+
+
+def test_reference_is_computed_as_in_evaluation(home, tmp_path, tokenizer):
+    """Whatever the policy's dropout, and the policy goes on training."""
+    dataset, run = dataset_of(home, tokenizer, tmp_path / "cache"), new_run(home, tmp_path)
+    model = make_model(dropout=0.5).train()
+    train_dpo.add_reference(dataset, model, "r", run)
+    assert model.training
+    model.eval()
+    for values, sides in zip(dataset.reference, pairs_of(dataset), strict=True):
+        assert values.tolist() == pytest.approx([logprob_alone(model, *side).item() for side in sides], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"rope_theta": 10.0}, {"num_attention_heads": 8, "num_key_value_heads": 4}, {"rms_norm_eps": 1e-2},
+     {"inference_rope_scaling": True, "original_max_position_embeddings": 32}],
+)  # fmt: skip
+def test_equal_weights_that_compute_otherwise_share_no_reference(field, home, tmp_path, tokenizer):
+    dataset, run, model = dataset_of(home, tokenizer, tmp_path / "cache"), new_run(home, tmp_path), make_model()
+    other = MiniMindForCausalLM(MiniMindConfig(**{**SIZES, **field}))
+    other.load_state_dict(model.state_dict())
+    assert train_dpo.weights_hash(other) == train_dpo.weights_hash(model)
+    train_dpo.add_reference(dataset, model, "r", run)
+    first = dataset.reference
+    train_dpo.add_reference(dataset, other.eval(), "r", run)
+    assert abs(dataset.reference - first).max() > 1e-3
+    sides = next(pairs_of(dataset))
+    assert dataset.reference[0].tolist() == pytest.approx([logprob_alone(other, *s).item() for s in sides], rel=1e-5)
+
+
+def test_what_a_reference_is_not_computed_with_makes_no_other_one():
+    """Special ids, the trained length, dropout: a run sets them, or they train alone."""
+    for field in {"eos_token_id": 5}, {"original_max_position_embeddings": 77}, {"dropout": 0.5}:
+        assert start.config_hash(MiniMindConfig(**SIZES, **field)) == start.config_hash(MiniMindConfig(**SIZES))
+
+
+def test_the_reference_of_a_resumed_run_computes_as_the_policy(home, tmp_path):
+    """A public .pth does not tell its heads and rotary base: the checkpoint does. What tells others is refused."""
+    model, run = make_model(rope_theta=1e4), new_run(home, tmp_path)
+    path = save_model(model, tmp_path / "public.pth")
+    run.checkpoint, run.args.from_weight = {"of": "a run"}, str(path)
+    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace("10000.0", "1000000.0"))
+    with pytest.raises(InputError, match=r"rope_theta 1000000\.0.* 10000\.0"):
+        train_dpo.open_reference(run.args, model, run)
+    path.with_suffix(".json").unlink()
+    config = train_dpo.open_reference(run.args, model, run).config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.rope_theta) == (4, 2, 1e4)
 
 
 def test_hash_follows_every_weight():
@@ -405,9 +453,15 @@ def ends(flags, capsys):
 def test_resume_with_another_reference_or_beta_is_refused(home, tmp_path, capsys):
     train(home, tmp_path, "--max_steps=1")
     save_model(make_model(seed=5), tmp_path / "other.pth")
-    for flag, word in (f"--from_weight={tmp_path / 'other.pth'}", "reference weights"), ("--beta=0.3", "--beta"):
+    for flag, word in (
+        (f"--from_weight={tmp_path / 'other.pth'}", "reference weights"),
+        ("--beta=0.3", "--beta"),
+        ("--label_smoothing=0.1", "--label_smoothing"),
+        ("--loss_type=sigmoid_norm", "--loss_type"),
+    ):
         before = (tmp_path / "rlhf_64.pth").read_bytes()
-        code, err = ends(flags_of(home, tmp_path, "--max_steps=3", "--from_resume=1", flag), capsys)
+        flags = ["--max_steps=3", "--from_resume=1", "--beta=0.1", flag]
+        code, err = ends(flags_of(home, tmp_path, *flags), capsys)
         assert code == 1 and re.search(rf"^error: .*rlhf_64_resume.pth was written with {word} ", err, re.MULTILINE)
         assert (tmp_path / "rlhf_64.pth").read_bytes() == before
 

@@ -39,7 +39,7 @@ from model.loss import shifted_targets
 from model.model_minimind import MiniMindForCausalLM, MiniMindOutput
 from trainer.runtime.flags import COUNT, common_parser, number
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash
+from trainer.runtime.start import build_model, config_hash, make_engine, open_data, run_training, weights_file_hash
 from trainer.runtime.steps import MicroBatch
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
@@ -185,6 +185,7 @@ def main(args: argparse.Namespace) -> None:
         "--alpha": args.alpha,
         "--temperature": args.temperature,
         "teacher hash": weights_file_hash(teacher_path),
+        "teacher config": config_hash(teacher.config),  # a .pth need not tell it: --teacher_preset does
     }
 
     # 3. Data: packed rows of whole conversations, labels on the answers

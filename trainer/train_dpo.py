@@ -39,7 +39,7 @@ from model.loading import find_weights, load_model, load_tokenizer, write_files
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import common_parser, number
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, make_engine, open_data, run_training
+from trainer.runtime.start import build_model, computed_with, config_hash, make_engine, open_data, run_training
 from trainer.runtime.steps import MicroBatch, micro_batches, split_rows
 
 BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0}
@@ -95,7 +95,8 @@ def open_reference(args: argparse.Namespace, model: torch.nn.Module, run: Run) -
     path = find_weights(
         args.out_dir, args.from_weight, hidden_size=model.config.hidden_size, use_moe=model.config.use_moe
     )
-    return load_model(path, device=run.device)[0]
+    known = computed_with(model.config)  # of which a public .pth tells only a part
+    return load_model(path, config_overrides=known, device=run.device)[0]
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -110,9 +111,11 @@ def weights_hash(model: torch.nn.Module) -> str:
 def add_reference(dataset: DPODataset, model: torch.nn.Module, model_hash: str, run: Run) -> None:
     """Set dataset.reference, (pairs, 2) float32: from out/cache, or computed now, each rank its share of the rows.
 
-    The folder of the token cache stands for data, tokenizer and --max_seq_len; the file for the weights and --dtype.
+    The folder of the token cache stands for data, tokenizer and --max_seq_len; the file for the weights, what the
+    config says of computing with them, and --dtype.
     """
-    path = dataset.cache.folder / f"reference_{model_hash}_{run.dtype}.npy".replace("torch.", "")
+    name = f"reference_{model_hash}_{config_hash(model.config)}_{run.dtype}.npy"
+    path = dataset.cache.folder / name.replace("torch.", "")
     values = read_reference(path, len(dataset.piece_lengths))
     if not all(gather(values is not None)):
         print(f"reference log-probabilities of {len(dataset.piece_lengths):,} pairs, once", flush=True)
@@ -187,13 +190,13 @@ def main(args: argparse.Namespace) -> None:
 
     # 4. The reference's log-probabilities of every answer
     reference = open_reference(args, model, run)
-    reference_hash = weights_hash(reference)
+    reference_hash, reference_config = weights_hash(reference), config_hash(reference.config)
     for dataset in filter(None, (train_set, val_set)):
         add_reference(dataset, reference, reference_hash, run)
     del reference
     run.settings = {
-        "reference weights": reference_hash, "--beta": args.beta, "--loss_type": args.loss_type,
-        "--label_smoothing": args.label_smoothing,
+        "reference weights": reference_hash, "reference config": reference_config, "--beta": args.beta,
+        "--loss_type": args.loss_type, "--label_smoothing": args.label_smoothing,
     }  # fmt: skip
 
     # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process

@@ -100,11 +100,11 @@ def check_parts(path: Path, saved: dict[str, Any], engines: dict[str, Any], extr
 
 
 def agree(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise InputError where a resumed run would not go on with what was begun."""
+    """Raise InputError where a resumed run would not go on with what was begun, as far as it was recorded."""
     for name, value in now.items():
-        if saved.get(name) != value:
+        if name in saved and saved[name] != value:
             raise InputError(
-                f"{path} was written with {name} {saved.get(name)}, now it is {value}: "
+                f"{path} was written with {name} {saved[name]}, now it is {value}: "
                 "resume with the same, or start anew without --from_resume"
             )
 
@@ -134,7 +134,7 @@ def resume_command() -> str:
     if world_size() > local_world_size():
         return "start it on all machines as before, with --from_resume 1"
     launcher = ["python"] if world_size() == 1 else ["torchrun", "--nproc_per_node", str(local_world_size())]
-    flags = without(sys.argv[1:], "--from_resume", "--local_rank")
+    flags = without(sys.argv[1:], "--from_resume", "--local_rank", "--local-rank")
     return shlex.join([*launcher, sys.argv[0], *flags, "--from_resume", "1"])
 
 
