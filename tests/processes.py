@@ -95,6 +95,31 @@ class Training:
         return torch.cat([value.flatten() for value in state.values()])
 
 
+def exchange_gradients(output, rank, ranks, port):
+    """Three steps of a replicated model that stays as it is, on data that stay -> the averaged gradient of each."""
+    from types import SimpleNamespace
+
+    from model.LMConfig import MiniMindConfig
+    from model.model_minimind import MiniMindForCausalLM
+    from trainer.runtime.distributed import start_processes
+    from trainer.runtime.engine import replicate
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    start_processes(cpu)
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))
+    net = replicate(model, SimpleNamespace(args=SimpleNamespace(deterministic=False), device=cpu))
+    ids = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(rank))
+    gradients = []
+    for _ in range(3):
+        net(input_ids=ids, labels=ids, return_logits=False).token_losses.sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        model.zero_grad()
+    torch.save(gradients, f"{output}.{rank}")
+
+
 def wait_for(words, path, is_alive):
     """Until a file holds these words, or the process has ended."""
     began = time.monotonic()

@@ -14,6 +14,7 @@ from model.loading import load_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_pretrain
 from trainer.runtime import run as run_module
+from trainer.runtime.checkpoint import read_checkpoint
 from trainer.runtime.engine import Engine
 from trainer.runtime.run import Run
 from trainer.runtime.run_log import RunLog
@@ -182,6 +183,7 @@ def test_interim_evaluations_take_eval_rows_and_the_last_takes_all(data, tmp_pat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_finishes_the_step_and_keeps_the_weights(number, code, data, tmp_path, capsys):
     flags = ["--max_steps=9", "--save_interval=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
+    before = signal.getsignal(signal.SIGINT)
     with interrupt_at(4, number):
         assert ends(*flags) == code
     model, info = load_model(tmp_path / "pretrain_64.pth")
@@ -189,7 +191,20 @@ def test_interrupt_finishes_the_step_and_keeps_the_weights(number, code, data, t
     assert log[-1]["step"] == 4 and info["tokens_seen"] == log[-1]["tokens"] > 0
     assert torch.isfinite(weights_of(model)).all() and not list(tmp_path.rglob("*.tmp"))
     assert "--from_resume 1" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupt_of_a_run_that_was_started_in_the_background(data, tmp_path):
+    """A script's shell has what it starts with & ignore SIGINT; a run that is sent one stops and saves all the same."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        flags = ["--max_steps=9", f"--data_path={data / 'texts.jsonl'}", f"--out_dir={tmp_path}"]
+        with interrupt_at(2):
+            assert ends(*flags) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert read_checkpoint(tmp_path / "checkpoints" / "pretrain_64_resume.pth")["place"]["step"] == 2
 
 
 def test_memory_exhausted_names_the_setting(data, tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Torchrun, Training, count_buckets, free_port, slow_steps
+from processes import PATIENCE, SERVER, Torchrun, Training, count_buckets, exchange_gradients, free_port, slow_steps
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--log_interval=1"]
 TINY += ["--max_seq_len=64", "--packing=0", "--from_weight=none", "--eval_interval=5", "--save_interval=100"]
@@ -157,6 +157,20 @@ def test_gradients_cross_the_ranks_once_a_step(data, tmp_path):
         assert run.wait() == [0, 0], run.err()
         counts.append(json.loads(path.read_text()))
     assert counts[0] == counts[1] > 0 and counts[0] % 3 == 0
+
+
+def test_three_ranks_add_in_the_same_order_at_every_step(tmp_path):
+    """Else a resumed run, whose first step is another's seventh, would differ in the last bit."""
+    port, output = free_port(), tmp_path / "gradients"
+    ranks = [SERVER.Process(target=exchange_gradients, args=(output, rank, 3, port)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    first, *later = torch.load(f"{output}.0", weights_only=True)
+    assert first.any() and all(torch.equal(first, other) for other in later)
+    assert torch.equal(first, torch.load(f"{output}.2", weights_only=True)[0])
 
 
 # --------------------------------------------------------------------------------------------------- the real launcher

@@ -142,6 +142,45 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay(name, use_moe):
         )
 
 
+def adamw_by_hand(start, gradients, rate, decay):
+    """The formula of Loshchilov and Hutter with betas 0.9 and 0.95, in float64."""
+    w, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
+    for t, g in enumerate(gradients, start=1):
+        m, v = 0.9 * m + 0.1 * g.double(), 0.95 * v + 0.05 * g.double() ** 2
+        w = w - rate * decay * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    return w
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_optimizer_of_a_run_takes_the_steps_of_the_formula(name):
+    """Embedding and norm have no decay; with adamw the matrices do."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    optimizer = build_optimizer(model, name, 0.02, weight_decay=0.1)
+    chosen = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 0.0}
+    chosen |= {"model.layers.0.self_attn.q_proj.weight": 0.1} if name == "adamw" else {}
+    parameters = {key: p for key, p in model.named_parameters() if key in chosen}
+    starts = {key: p.detach().clone() for key, p in parameters.items()}
+    torch.manual_seed(0)
+    gradients = {key: [torch.randn_like(p) * 10**i for i in (0, -1, 1)] for key, p in parameters.items()}
+    for step in range(3):
+        for key, p in parameters.items():
+            p.grad = gradients[key][step].clone()
+        optimizer.step()
+    for key, decay in chosen.items():
+        expected = adamw_by_hand(starts[key], gradients[key], 0.02, decay)
+        torch.testing.assert_close(parameters[key].detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_head_of_its_own_is_no_inner_matrix(name):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    model = MiniMindForCausalLM(MiniMindConfig(**sizes, tie_word_embeddings=False))
+    groups = build_optimizer(model, name, 1e-3, weight_decay=0.1).param_groups
+    for weight in model.lm_head.weight, model.model.embed_tokens.weight:
+        (group,) = [group for group in groups if any(p is weight for p in group["params"])]
+        assert group["weight_decay"] == 0 and not group.get("muon")
+
+
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[0].weight.requires_grad_(False)

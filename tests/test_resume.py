@@ -1,6 +1,7 @@
 """A run that was killed, stopped or out of disk and resumed ends with the bits of one that was left in peace."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -14,12 +15,12 @@ import pytest
 import torch
 from processes import ROOT, Training
 
-from model.errors import run_script
+from model.errors import InputError, run_script
 from model.LMConfig import MiniMindConfig
-from model.loading import load_model, save_weights
+from model.loading import find_weights, load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.runtime.checkpoint import read_checkpoint, read_whole, same_bits
+from trainer.runtime.checkpoint import find_checkpoint, read_checkpoint, read_whole, same_bits
 
 TINY = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--packing=0", "--log_interval=3", "--eval_interval=5"]
 STEPS = 16  # of 8 rows; an epoch of 36 rows has 5
@@ -252,6 +253,19 @@ def test_changed_data_is_refused(home, finished, capsys, tmp_path):
     assert "_resume.pth was written with data hash " in err and ", now it is " in err
 
 
+@pytest.mark.parametrize("newest", [32, 64, 128])
+def test_the_checkpoint_and_the_weights_written_last_are_found(newest, tmp_path):
+    """Whatever their sizes are called."""
+    (tmp_path / "checkpoints").mkdir()
+    for size in (32, 64, 128):
+        for path in tmp_path / "checkpoints" / f"pretrain_{size}_resume.pth", tmp_path / f"pretrain_{size}.pth":
+            path.touch()
+            os.utime(path, (9, 9) if size == newest else (size / 100, size / 100))
+    found = find_checkpoint(tmp_path, "pretrain", None, {}, any_size=True)
+    assert found == tmp_path / "checkpoints" / f"pretrain_{newest}_resume.pth"
+    assert find_weights(tmp_path, "pretrain") == tmp_path / f"pretrain_{newest}.pth"
+
+
 @pytest.mark.parametrize("size", [0, 100, 0.5, 0.999])
 def test_a_checkpoint_cut_short_is_refused_by_name(size, home, finished, capsys):
     path = finished / "checkpoints" / f"{NAME}_resume.pth"
@@ -305,6 +319,16 @@ def test_fine_tuning_resumes_too(home, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- the self-test
+
+
+def test_the_last_bit_of_a_number_counts():
+    """Of tensors, in nested structures and of plain numbers."""
+    one, more = torch.tensor([0.5, 1.0]), torch.tensor([0.5, 1.0 + 2**-23])
+    assert one[1] != more[1] == torch.nextafter(one[1], torch.tensor(2.0))
+    same_bits({"a": [one, (1, 0.1)]}, {"a": [one.clone(), (1, 0.1)]})
+    for other in {"a": [more, (1, 0.1)]}, {"a": [one, (1, 0.1 + 2**-56)]}, {"a": [one]}, {"b": [one, (1, 0.1)]}:
+        with pytest.raises(InputError, match=r"^resume is not exact here: checkpoint"):
+            same_bits({"a": [one, (1, 0.1)]}, other)
 
 
 class Forked:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -33,13 +34,14 @@ from dataset.lm_dataset import file_hash
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.runtime import start
+from trainer.runtime import evaluation, start
 from trainer.runtime.devices import pick_dtype
 from trainer.runtime.engine import Engine
 from trainer.runtime.evaluation import evaluate
 from trainer.runtime.flags import ROOT
+from trainer.runtime.meters import peak_expert_load
 from trainer.runtime.run import Run
-from trainer.runtime.steps import count_steps, learning_rate_at, split_rows, training_steps
+from trainer.runtime.steps import MicroBatch, Update, count_steps, learning_rate_at, split_rows, training_steps
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,42 @@ def test_evaluate_equals_a_direct_computation(script, data, tokenizer, tmp_path)
         assert meters["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
+def test_an_evaluation_is_not_in_the_speed(data, tokenizer, tmp_path, monkeypatch):
+    """Its seconds, told by a clock of the test's own, are a pause of the log."""
+    now, run = [0.0], new_run(tmp_path, "--batch_size=8")
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
+    run.logs.open("pretrain_64", 9)
+    run.logs.start_clock(0)
+
+    def slow(model, batch):
+        now[0] += 2.0
+        return train_pretrain.next_token_loss(model, batch)
+
+    dataset = dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False)  # 22 rows: three batches
+    now[0] += 5.0
+    evaluate(MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=1)), dataset, run, slow)
+    assert now[0] == 11.0
+    run.logs.write(1, 100, {"loss": 1.0}, 0)
+    assert run.logs.records[0]["tokens_per_s"] == 100 / 5.0
+
+
+def test_peak_expert_load_by_hand(tmp_path):
+    """The busiest expert of any layer, over the even share of its layer; a layer without tokens has none."""
+    load = torch.tensor([[3.0, 1.0, 0.0, 4.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    assert peak_expert_load(load, torch.device("cpu")) == {"peak_expert_load": 2.0}
+    assert peak_expert_load(None, torch.device("cpu")) == {}
+
+
+def test_expert_load_is_that_of_all_micro_batches(tmp_path):
+    """And not of the last one: 3 + 1 tokens for one expert, 5 + 7 for the other, whose even share is 8."""
+    run = new_run(tmp_path)
+    update = Update(run, [], 1, 1)
+    for load in [[3.0, 5.0]], [[1.0, 7.0]]:
+        batch = MicroBatch([0], {}, {}, 0, 0)
+        update.note(batch, SimpleNamespace(expert_load=torch.tensor(load)), torch.zeros(1, 1))
+    assert peak_expert_load(update.expert_load, run.device) == {"peak_expert_load": 1.5}
+
+
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
@@ -372,6 +410,22 @@ def test_scaler_and_autocast_are_those_of_the_dtype(dtype, tmp_path):
     engine.backward(engine(input_ids=ids, labels=ids, return_logits=False).token_losses.sum())
     assert products == [dtype]
     assert {p.grad.dtype for p in model.parameters()} == {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_float16_clips_the_gradient_and_not_its_scaled_self(tmp_path):
+    """The loss is scaled by 65,536: the norm told, and the length of the step, are those of the true gradient."""
+    run = new_run(tmp_path)
+    run.dtype = torch.float16
+    weight = torch.nn.Linear(2, 1, bias=False)
+    before = weight.weight.detach().clone()
+    engine = Engine(weight, torch.optim.SGD(weight.parameters(), lr=0.5), run)
+    for max_norm, moved in (2.0, [0.6, 0.8]), (0.0, [1.5, 2.0]):  # the gradient is (3, 4): clipped to 2, then whole
+        engine.backward((weight.weight * torch.tensor([3.0, 4.0])).sum())
+        engine.update(max_norm)
+        assert engine.scaler.get_scale() == 65536 and float(engine.grad_norm) == pytest.approx(5.0)
+        after = weight.weight.detach().clone()
+        torch.testing.assert_close(before - after, torch.tensor([moved]), rtol=1e-4, atol=1e-6)
+        before = after
 
 
 def test_compiled_run_has_the_same_losses(data, tmp_path):
