@@ -20,7 +20,7 @@ from model.LMConfig import MiniMindConfig
 from model.loading import find_weights, load_model, save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.runtime.checkpoint import find_checkpoint, read_checkpoint, read_whole, same_bits
+from trainer.runtime.checkpoint import agree, find_checkpoint, read_checkpoint, read_whole, same_bits
 
 TINY = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--packing=0", "--log_interval=3", "--eval_interval=5"]
 STEPS = 16  # of 8 rows; an epoch of 36 rows has 5
@@ -251,6 +251,13 @@ def test_changed_data_is_refused(home, finished, capsys, tmp_path):
     other = write_rows(tmp_path / "texts.jsonl", [*text_rows(35), {"text": "changed"}])
     err = refused(home, finished, capsys, f"--data_path={other}", f"--val_path={home / 'texts_val.jsonl'}")
     assert "_resume.pth was written with data hash " in err and ", now it is " in err
+
+
+def test_what_a_checkpoint_did_not_record_cannot_differ(tmp_path):
+    """That of an earlier version goes on."""
+    agree(tmp_path, {"--seed": 1}, {"--seed": 1, "teacher config": "later"})
+    with pytest.raises(InputError, match=r"was written with --seed 1, now it is 2"):
+        agree(tmp_path, {"--seed": 1}, {"--seed": 2, "teacher config": "later"})
 
 
 @pytest.mark.parametrize("newest", [32, 64, 128])

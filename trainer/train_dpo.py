@@ -190,13 +190,13 @@ def main(args: argparse.Namespace) -> None:
 
     # 4. The reference's log-probabilities of every answer
     reference = open_reference(args, model, run)
-    reference_hash, reference_config = weights_hash(reference), config_hash(reference.config)
+    reference_hash = weights_hash(reference)
     for dataset in filter(None, (train_set, val_set)):
         add_reference(dataset, reference, reference_hash, run)
     del reference
     run.settings = {
-        "reference weights": reference_hash, "reference config": reference_config, "--beta": args.beta,
-        "--loss_type": args.loss_type, "--label_smoothing": args.label_smoothing,
+        "reference weights": reference_hash, "--beta": args.beta, "--loss_type": args.loss_type,
+        "--label_smoothing": args.label_smoothing,
     }  # fmt: skip
 
     # 5. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
