@@ -1,9 +1,11 @@
 """The estimate of a run's memory, against what a step takes, and the refusal of what cannot fit."""
 
 import errno
+import gc
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,23 @@ def test_shared_memory_of_loader_processes_is_told_from_a_disk(error, data, tmp_
     with pytest.raises(type(error)) as same:  # no process, no shared memory
         train_pretrain.main(train_pretrain.parse_args([*flags, "--num_workers=0"]))
     assert same.value is error
+
+
+def test_a_loader_that_was_not_made_leaves_no_traceback(data, tmp_path, monkeypatch):
+    """torch's own half of one, which is thrown away later."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lost = []
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    flags = [*CPU, "--hidden_size=64", "--num_hidden_layers=2", "--max_seq_len=64", f"--data_path={data}"]
+    flags += [f"--out_dir={tmp_path}", "--max_steps=1", "--num_workers=1"]
+    with pytest.raises(memory.InputError, match="/dev/shm"):
+        train_pretrain.main(train_pretrain.parse_args(flags))
+    gc.collect()
+    assert not lost
 
 
 def test_a_file_that_loaders_cannot_read_is_told_as_such():

@@ -110,7 +110,7 @@ class RunLog:
             except Exception as error:
                 if ending is None:
                     said = str(error).strip().splitlines() or [type(error).__name__]
-                    print(f"note: {failure}: {said[0]}", file=sys.stderr)
+                    print(f"note: {failure}: {said[0][:120]}", file=sys.stderr)
 
     def plot(self) -> None:
         """Draw the loss curve of the log into out/logs/<name>.png.

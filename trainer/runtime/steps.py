@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, dataloader
 
 from dataset.lm_dataset import BLANK
 from model.errors import InputError
@@ -157,6 +157,7 @@ def micro_batches(dataset, run, rows: list[list[int]]) -> Iterator[MicroBatch]:
             yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
     except (OSError, RuntimeError) as error:
         if run.args.num_workers and lacks_shared_memory(error):
+            dataloader._MultiProcessingDataLoaderIter._shutdown = True  # one half made would die with a traceback
             raise InputError(
                 "the processes of --num_workers need shared memory, and /dev/shm is full or cannot be written: make it "
                 "larger (docker run --shm-size 1g), or add --num_workers 0"
