@@ -47,6 +47,7 @@ from model.errors import InputError, UsageError, run_script
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SMALLEST_VOCAB = len(CONTROL_TOKENS) + len(TAGS) + 256
 LONGEST_PIECE = 1 << 20  # bytes of one line of plain text that are held in memory at a time
+LONGEST_WORD = 1024  # bytes of one word that merges are learned within: their time is quadratic in it
 MOST_COPIES = 4.0  # of one text, where a language is rare in a file
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
@@ -155,8 +156,11 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Tokenize
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("\n", "isolated"), byte_level]
-    )
+        [
+            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("\n", "isolated"), byte_level,
+            pre_tokenizers.FixedLength(LONGEST_WORD),
+        ]
+    )  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -220,6 +220,26 @@ def test_long_plain_lines_come_in_pieces_that_keep_characters_whole(tmp_path, mo
     assert "".join(train_tokenizer.read_texts(path)) == "你好世界，一行很长的文字\nsecond line"
 
 
+@pytest.mark.parametrize(("letters", "merged"), [(1022, True), (1023, False)])
+def test_merges_do_not_reach_beyond_a_kilobyte_of_one_word(letters, merged):
+    """Learning is quadratic in a word: 600,000 letters took over nine minutes. q stands on its byte 1023 or 1024."""
+    made = train_tokenizer.train(["x" * letters + "qz"] * 3, vocab_size=300, min_frequency=2)
+    assert any("qz" in entry for entry in made.get_vocab()) == merged
+    long = "qz" * 60_000
+    assert made.decode(made.encode(long, add_special_tokens=False).ids) == long
+
+
+def test_words_of_the_chat_format_become_entries_whatever_the_text(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("".join(f"第{n}行 line {n}: Der Hund beisst den Mann.\n" for n in range(2000)), encoding="utf-8")
+    run("--data_path", path, "--out_dir", tmp_path / "made", "--vocab_size", 800)
+    made = Tokenizer.from_file(str(tmp_path / "made" / "tokenizer.json"))
+    for word in ("system", "user", "assistant"):
+        assert len(made.encode(word, add_special_tokens=False).ids) == 1
+        first = made.encode(f"{word}\n\nHi", add_special_tokens=False).ids[0]
+        assert made.decode([first]) == word
+
+
 BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
     "blank.txt": (b"", "blank.txt: the file is empty"),
