@@ -149,7 +149,7 @@ def test_conversation_is_cut_after_a_whole_exchange(tokenizer):
 
 
 def test_an_exchange_that_fits_exactly_is_kept_whole(tokenizer):
-    turns = chat("一?", "甲乙丙")["conversations"]
+    turns = chat("一?", "甲乙丙")["conversations"] + chat("三?", "戊己")["conversations"]
     alone = encode_conversation(tokenizer, turns)
     kept = fit_conversation(alone, len(alone.ids))
     assert (kept.ids, kept.lost) == (alone.ids, 0)
@@ -171,23 +171,18 @@ def test_an_exchange_whose_answer_is_not_learned_is_not_the_last_one_kept_alone(
 def test_cut_answers_are_told(tmp_path, tokenizer, capsys):
     long = "word " * 400
     chats = write_rows(tmp_path / "chats.jsonl", [chat(f"{i}?", long) for i in range(20)] + [chat("a", "b")])
-    lost = len(encode_conversation(tokenizer, chat("1?", long)["conversations"]).ids) - 128
-    more = 10 * 1  # the questions of two digits
+    one = len(encode_conversation(tokenizer, chat("1?", long)["conversations"]).ids) - 128
+    lost = 20 * one + 10  # a digit more in ten of the questions
     for _ in range(2):  # the second time from the cache
         SFTDataset(chats, tokenizer, 128, tmp_path / "cache")
         out, err = capsys.readouterr()
-        assert (
-            f"{chats}: 20 of 21 rows are longer than 128 tokens and are cut: {20 * lost + more:,} tokens are lost"
-            in out
-        )
+        assert f"{chats}: 20 of 21 rows are longer than 128 tokens and are cut: {lost:,} tokens are lost" in out
         assert err == "" and out.count("\n") == 1
     pairs = write_rows(
         tmp_path / "pairs.jsonl", [pair("1?", long, "short"), pair("1?", "a", "b"), pair("1?", "a", long)]
     )
     DPODataset(pairs, tokenizer, 256, tmp_path / "cache")
-    assert (
-        f"{pairs}: 2 of 3 rows are longer than 128 tokens and are cut: {2 * lost:,} tokens" in capsys.readouterr().out
-    )
+    assert f"{pairs}: 2 of 3 rows are longer than 128 tokens and are cut: {2 * one:,} tokens" in capsys.readouterr().out
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": long}])
     PretrainDataset(texts, tokenizer, 128, tmp_path / "cache")  # in pieces: nothing is lost
     SFTDataset(chats, tokenizer, 1024, tmp_path / "cache")
