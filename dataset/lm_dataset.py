@@ -1,8 +1,7 @@
 """JSON lines -> token cache on disk -> packed rows with document isolation.
 
-A file is validated and tokenised once; the ids lie in a memory-mapped cache under a key of the file's content, the
-tokenizer and the settings, so a file may be far larger than memory. Whole documents are packed into rows of max_seq_len
-tokens; a document is cut only where it is longer than a row.
+A file is validated and tokenised once (token_cache.py). Whole documents are packed into rows of max_seq_len tokens; a
+document is cut only where it is longer than a row.
 
 Shapes: T tokens in a row. A row is {"input_ids": (T,), "labels": (T,), "attention_mask": (T,)}, int64:
 labels are unshifted and -100 where nothing is to be predicted (padding, prompts, the first token of a document);
@@ -10,38 +9,20 @@ attention_mask is 0 on padding and k = 1, 2, ... on the k-th document of the row
 positions start at 0.
 """
 
-import hashlib
-import json
-import os
-import shutil
-import sys
-from array import array
-from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataset.chat import EncodedConversation, encode_conversations
-from dataset.rows import read_jsonl, row_conversation, row_pair, row_text
-from model.errors import InputError
+from dataset.rows import row_conversation, row_pair, row_text
+from dataset.token_cache import Encoded, TokenCache, tokenize_file
+from dataset.token_cache import file_hash as file_hash  # also found here
 
 IGNORED = -100
 BLANK = -1  # number of a row of padding, for a process that has no row left in a step
-FORMAT_VERSION = 1  # part of the cache key: raise it when the meaning of a cached file changes
-ROWS_PER_READ = 1024
-
-
-class Encoded(NamedTuple):
-    """One document: ids (n,), 1 where the token is a target (None: all are), where the second one of a pair begins."""
-
-    ids: list[int]
-    is_target: list[bool] | None
-    border: int | None = None
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
@@ -66,7 +47,7 @@ def fit_conversation(encoded: EncodedConversation, max_seq_len: int) -> Encoded 
         cut = max(ends, default=max_seq_len)
         ids, labels = ids[:cut], labels[:cut]
     is_target = [label != IGNORED for label in labels]
-    return Encoded(ids, is_target) if any(is_target) else None
+    return Encoded(ids, is_target, lost=len(encoded.ids) - len(ids)) if any(is_target) else None
 
 
 def encode_chats(tokenizer, conversations: list[list[dict]], max_seq_len: int) -> list[Encoded | None]:
@@ -78,7 +59,8 @@ def fit_answer(encoded: EncodedConversation, limit: int) -> Encoded | None:
     """A conversation whose last turn alone is the target, cut to `limit` tokens in it; None if none of it is left."""
     begin = encoded.turn_ends[-2]  # the default system turn is written too, so there are at least three
     is_target = [place >= begin and label != IGNORED for place, label in enumerate(encoded.labels)][:limit]
-    return Encoded(encoded.ids[:limit], is_target) if any(is_target) else None
+    lost = max(len(encoded.ids) - limit, 0)
+    return Encoded(encoded.ids[:limit], is_target, lost=lost) if any(is_target) else None
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[list[dict], list[dict]]], max_seq_len: int) -> list[Encoded | None]:
@@ -89,99 +71,15 @@ def encode_pairs(tokenizer, pairs: list[tuple[list[dict], list[dict]]], max_seq_
     encoded = encode_conversations(tokenizer, [conversation for pair in pairs for conversation in pair])
     sides = [fit_answer(conversation, max_seq_len // 2) for conversation in encoded]
     return [
-        Encoded(chosen.ids + rejected.ids, chosen.is_target + rejected.is_target, len(chosen.ids))
-        if chosen and rejected and chosen.ids != rejected.ids
-        else None
+        join_pair(chosen, rejected) if chosen and rejected and chosen.ids != rejected.ids else None
         for chosen, rejected in zip(sides[::2], sides[1::2], strict=True)
     ]
 
 
-class TokenCache:
-    """Token ids of all documents of a file: ids (N,) and targets (N,) memory-mapped, bounds (documents + 1,), and the
-    line of the file that each came from, (documents,). A document that is a pair has its border in borders."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.ids = np.memmap(folder / "ids.bin", dtype=self.meta["dtype"], mode="r")
-        self.targets = np.memmap(folder / "targets.bin", dtype=bool, mode="r") if self.meta["masked"] else None
-        self.bounds = np.load(folder / "bounds.npy")
-        self.lines = np.load(folder / "lines.npy")
-        self.borders = np.load(folder / "borders.npy") if (folder / "borders.npy").exists() else None
-
-    def __reduce__(self):
-        return TokenCache, (self.folder,)  # a loader's worker process maps the files again instead of copying them
-
-
-def file_hash(path: str | Path) -> str:
-    """BLAKE2b of a file's content, 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def tokenize_file(
-    path: Path, tokenizer, cache_dir: Path, settings: str, check_row: Callable, encode: Callable, masked: bool
-) -> TokenCache:
-    """Validate and tokenise every row of a file once, or open what an earlier run has left in cache_dir."""
-    if not path.is_file():
-        next(read_jsonl(path))  # raises the sentence that fits
-    data_hash = file_hash(path)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    key = hashlib.blake2b(f"{FORMAT_VERSION}|{data_hash}|{settings}|{vocabulary}".encode(), digest_size=16).hexdigest()
-    folder = cache_dir / key
-    if (folder / "meta.json").is_file():
-        return TokenCache(folder)
-    scratch = cache_dir / f"{key}.{os.getpid()}.tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-        meta = {"dtype": dtype.name, "masked": masked, "data_path": str(path), "data_hash": data_hash}
-        counts = write_documents(path, tokenizer, scratch, dtype, check_row, encode, masked)
-        (scratch / "meta.json").write_text(json.dumps(meta | counts))
-        try:
-            scratch.rename(folder)
-        except OSError:  # another process was faster: its files are the same
-            if not (folder / "meta.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return TokenCache(folder)
-
-
-def write_documents(
-    path: Path, tokenizer, folder: Path, dtype: np.dtype, check_row: Callable, encode: Callable, masked: bool
-) -> dict[str, int]:
-    """Stream a file through the tokenizer into folder; return how many documents were kept, shortened and skipped."""
-    bounds, lines, borders, skipped = array("q", [0]), array("q"), array("q"), 0
-    with (
-        open(folder / "ids.bin", "wb") as ids_file,
-        open(folder / "targets.bin", "wb") as targets_file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenising {path.name}", disable=None) as bar,
-    ):
-        rows = read_jsonl(path, on_bytes=bar.update)
-        while batch := [(number, check_row(row, f"{path}:{number}")) for number, row in islice(rows, ROWS_PER_READ)]:
-            numbers, contents = zip(*batch, strict=True)
-            for number, document in zip(numbers, encode(tokenizer, list(contents)), strict=True):
-                if document is None:
-                    skipped += 1
-                    continue
-                ids_file.write(np.asarray(document.ids, dtype).tobytes())
-                if masked:
-                    targets_file.write(np.asarray(document.is_target, bool).tobytes())
-                bounds.append(bounds[-1] + len(document.ids))
-                lines.append(number)
-                if document.border is not None:
-                    borders.append(document.border)
-    if len(bounds) == 1:
-        raise InputError(f"{path}: no row is left with anything to learn at this --max_seq_len")
-    np.save(folder / "bounds.npy", np.frombuffer(bounds, dtype=np.int64))
-    np.save(folder / "lines.npy", np.frombuffer(lines, dtype=np.int64))
-    if borders:
-        np.save(folder / "borders.npy", np.frombuffer(borders, dtype=np.int64))
-    return {"documents": len(bounds) - 1, "skipped": skipped, "tokens": bounds[-1]}
+def join_pair(chosen: Encoded, rejected: Encoded) -> Encoded:
+    """Two answers as one document."""
+    ids, is_target = chosen.ids + rejected.ids, chosen.is_target + rejected.is_target
+    return Encoded(ids, is_target, len(chosen.ids), chosen.lost + rejected.lost)
 
 
 def pack_rows(lengths: np.ndarray, capacity: int, window: int = 128) -> list[list[int]]:
@@ -233,6 +131,20 @@ class PackedDataset(Dataset):
         self.row_bounds = np.cumsum([0, *map(len, rows)])
         self.set_epoch(0)
 
+    def tell(self, left_out: str = "", limit: int = 0) -> None:
+        """Say what of the file is not learned: documents left out, cut at the limit, keys that nobody reads."""
+        path, meta = self.data_path, self.cache.meta
+        if meta["skipped"]:
+            print(f"{path}: {meta['skipped']:,} {left_out} and are left out")
+        if meta["cut"]:
+            print(
+                f"{path}: {meta['cut']:,} of {meta['documents']:,} rows are longer than {limit} tokens and are cut: "
+                f"{meta['lost']:,} tokens are lost, a larger --max_seq_len keeps them"
+            )
+        if meta["unread"]:
+            keys = ", ".join(f"{key} (line {line})" for key, line in meta["unread"].items())
+            print(f"{path}: keys that nobody reads, each where it stands first: {keys}")
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of the rows. What shares a row stays: documents do not see each other."""
         self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
@@ -282,11 +194,11 @@ class PackedDataset(Dataset):
     def describe(self, index: int) -> str:
         """Where the documents of a row come from: "file:line, line"."""
         lines = dict.fromkeys(self.piece_lines[self.pieces_of(index)].tolist())
-        return f"{self.cache.meta['data_path']}:" + ", ".join(map(str, lines))
+        return f"{self.data_path}:" + ", ".join(map(str, lines))
 
     @property
     def data_path(self) -> str:
-        return self.cache.meta["data_path"]
+        return str(self.cache.path)
 
     @property
     def data_hash(self) -> str:
@@ -299,6 +211,7 @@ class PretrainDataset(PackedDataset):
     def __init__(self, path, tokenizer, max_seq_len: int, cache_dir, packing: bool = True, seed: int = 0):
         cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), "pretrain", row_text, encode_texts, masked=False)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
+        self.tell()
 
 
 class SFTDataset(PackedDataset):
@@ -311,11 +224,7 @@ class SFTDataset(PackedDataset):
         settings = f"sft {max_seq_len}"
         cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_conversation, encode, masked=True)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
-        if skipped := cache.meta["skipped"]:
-            print(
-                f"{path}: {skipped} conversations have no answer within {max_seq_len} tokens and are left out",
-                file=sys.stderr,
-            )
+        self.tell(f"conversations have no answer within {max_seq_len} tokens", max_seq_len)
 
 
 class DPODataset(PackedDataset):
@@ -335,12 +244,8 @@ class DPODataset(PackedDataset):
             Path(path), tokenizer, Path(cache_dir), f"dpo {max_seq_len}", row_pair, encode, masked=True
         )
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
-        if skipped := cache.meta["skipped"]:
-            print(
-                f"{path}: {skipped} pairs have no two different answers within {max_seq_len // 2} tokens each and are "
-                "left out",
-                file=sys.stderr,
-            )
+        half = max_seq_len // 2
+        self.tell(f"pairs have no two different answers within {half} tokens each", half)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)

@@ -31,13 +31,23 @@ sys.path.insert(0, str(ROOT))
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.chat import DEFAULT_SYSTEM_PROMPT, ROLES, TAGS, TOOLS_PREFIX, TOOLS_SUFFIX, chat_template
+from dataset.chat import (
+    DEFAULT_SYSTEM_PROMPT,
+    ROLES,
+    TAGS,
+    TOOLS_PREFIX,
+    TOOLS_SUFFIX,
+    chat_template,
+    check_text,
+)
 from dataset.demo_data import ensure_demo_data
+from dataset.rows import read_jsonl, refuse_packed
 from model.errors import InputError, UsageError, run_script
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SMALLEST_VOCAB = len(CONTROL_TOKENS) + len(TAGS) + 256
 LONGEST_PIECE = 1 << 20  # bytes of one line of plain text that are held in memory at a time
+LONGEST_WORD = 1024  # bytes of one word that merges are learned within: their time is quadratic in it
 MOST_COPIES = 4.0  # of one text, where a language is rare in a file
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
@@ -53,32 +63,22 @@ def read_texts(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: no such file; give --data_path the .jsonl or .txt files to learn from")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; give one that holds text")
+    if path.suffix == ".jsonl":
+        for number, row in read_jsonl(path):
+            for text in row_texts(row, f"{path}:{number}"):
+                check_text(text, f"{path}:{number}: ")
+                yield text
+        return
     with path.open("rb") as file:
-        yield from read_rows(file, path) if path.suffix == ".jsonl" else read_plain(file, path)
+        refuse_packed(path, file.peek(8))
+        yield from read_plain(file, path)
 
 
-def read_rows(file: Iterable[bytes], path: Path) -> Iterator[str]:
-    """The texts of JSON lines; a bad row is an InputError with its line number."""
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{path}:{number}: the line is not UTF-8; convert the file to UTF-8") from None
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: the line is not whole JSON ({error}); mend or delete it") from None
-        for text in row_texts(row, f"{path}:{number}"):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"{path}:{number}: half of a surrogate pair in the text; mend or delete the row")
-            yield text
-
-
-def row_texts(row: object, where: str) -> list[str]:
+def row_texts(row: dict, where: str) -> list[str]:
     """The strings that one JSON row contributes."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str) and row["text"]:
+    if isinstance(row.get("text"), str) and row["text"]:
         return [row["text"]]
-    if isinstance(row, dict) and isinstance(row.get("conversations"), list):
+    if isinstance(row.get("conversations"), list):
         turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
         texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str) and turn["content"]]
         if texts:
@@ -156,8 +156,11 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Tokenize
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("\n", "isolated"), byte_level]
-    )
+        [
+            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("\n", "isolated"), byte_level,
+            pre_tokenizers.FixedLength(LONGEST_WORD),
+        ]
+    )  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

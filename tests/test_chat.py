@@ -8,6 +8,7 @@ from itertools import chain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,7 +20,6 @@ from scripts.train_tokenizer import ROOT
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "model")
 WEATHER = {"name": "天气", "description": 'of a <city> & "town"', "parameters": {"a": [1, 2.5, None]}}
-CLOCK = {"name": "clock"}
 
 
 def user(text: str) -> dict:
@@ -38,6 +38,7 @@ def system(text: str, **keys: object) -> dict:
     return {"role": "system", "content": text, **keys}
 
 
+CLOCK = {"name": "clock"}
 CALLED = assistant(
     None,
     tool_calls=[{"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城市": "北京", "n": 2}}}],
@@ -46,6 +47,7 @@ FORMS = {
     "plain": [user("Hi"), assistant("Hello 42")],
     "several turns": [user("a"), assistant("b"), user("c"), assistant("d"), user("e")],
     "two users": [user("a"), user("b"), assistant("c")],
+    "developer": [{"role": "developer", "content": "Be brief.", "tools": [CLOCK]}, user("Hi"), assistant("Hello")],
     "system": [system("Speak like a pirate."), user("Hi"), assistant("Arr")],
     "empty system": [system(""), user("Hi"), assistant("Hello")],
     "reasoning": [user("6*7?"), assistant("<answer>\n42\n</answer>", reasoning_content="6*7 = 42")],
@@ -121,6 +123,27 @@ def test_calls_and_reasoning_are_supervised_and_results_are_not():
     assert TOKENIZER.decode(supervised) == "<think>\n6*7 = 42\n</think>\n\n<answer>\n42\n</answer><|im_end|>"
 
 
+@pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
+@pytest.mark.parametrize("value", [0, False, 0.0, 1, True, None])
+def test_a_turn_may_be_read_and_not_learned(key, value):
+    turns = [user("2+2?"), assistant("five"), user("no"), assistant("four")]
+    marked = [turns[0], {**turns[1], key: value}, {**turns[2], key: 0}, turns[3]]
+    validate_conversation(marked)
+    encoded, plain = encode_conversation(TOKENIZER, marked), encode_conversation(TOKENIZER, turns)
+    assert encoded.ids == plain.ids and encoded.turn_ends == plain.turn_ends
+    learned = TOKENIZER.decode([label for label in encoded.labels if label != -100])
+    assert learned == ("four<|im_end|>" if value is not None and not value else "five<|im_end|>four<|im_end|>")
+    last = encoded.turn_ends[-2]
+    assert encoded.labels[last:] == plain.labels[last:]
+
+
+def test_a_developer_turn_is_a_system_turn():
+    written = FORMS["developer"]
+    as_system = [{**written[0], "role": "system"}, *written[1:]]
+    assert encode_conversation(TOKENIZER, written) == encode_conversation(TOKENIZER, as_system)
+    assert template_ids(written) == template_ids(as_system)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_turn_ends_are_the_borders_between_written_turns(form):
     encoded = encode_conversation(TOKENIZER, FORMS[form])
@@ -160,6 +183,23 @@ def test_tools_argument_equals_the_template_and_goes_before_the_system_turn():
     for turns in (FORMS["plain"], FORMS["system"], FORMS["functions"]):
         assert encode_conversation(TOKENIZER, turns, tools).ids == template_ids(turns, tools=tools)
         assert encode_conversation(TOKENIZER, turns, json.dumps(tools)).ids == template_ids(turns, tools=tools)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompts_offer_their_tools(thinking):
+    tools = [{"type": "function", "function": WEATHER}]
+    keys = {"add_generation_prompt": True, "enable_thinking": thinking}
+    prompt = encode_prompt(TOKENIZER, FORMS["plain"][:1], tools, enable_thinking=thinking)
+    assert prompt == template_ids(FORMS["plain"][:1], tools=tools, **keys)
+    assert "天气" in TOKENIZER.decode(prompt)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n", "[]", [], None])
+def test_blank_tools_are_none(blank):
+    for turns in ([system("Hi.", tools=blank), *FORMS["plain"]], [system("Hi.", functions=blank), *FORMS["plain"]]):
+        validate_conversation(turns)
+        assert encode_conversation(TOKENIZER, turns).ids == template_ids([system("Hi."), *FORMS["plain"]])
+    assert encode_conversation(TOKENIZER, FORMS["plain"], blank).ids == template_ids(FORMS["plain"])
 
 
 def test_json_text_is_the_same_as_lists():
@@ -325,6 +365,19 @@ BAD = {
     "arguments a list": ([user("a"), assistant("", tool_calls=[{"name": "f", "arguments": [1]}])], "the arguments of"),
     "arguments half": ([user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])], "the arguments of"),
     "reasoning a list": ([user("a"), assistant("b", reasoning_content=[1])], "reasoning_content is of type list"),
+    "system twice": ([system("a"), system("b"), user("c"), assistant("d")], "turn 2 (system): a system turn must be"),
+    "developer later": (
+        [user("a"), {"role": "developer", "content": "b"}],
+        "turn 2 (developer): a system turn",
+    ),
+    "a function": ([user("a"), CALLED, {"role": "function", "content": "b"}], "turn 3 has the role 'function'"),
+    "no parts for calls": ([user("a"), {**CALLED, "content": []}], "the content is of type list"),
+    "nothing learned": ([user("a"), assistant("b", weight=0)], "marks its assistant turns as not learned"),
+    "half learned": ([user("a"), assistant("b", weight=0.5)], 'turn 2 (assistant): "weight" is 0.5; it must be 1'),
+    "mask of tokens": ([user("a"), assistant("b", loss_mask=[0, 1])], 'turn 2 (assistant): "loss_mask" is [0, 1]'),
+    "deep tools": ([system("", tools="[" * 9999), user("a"), assistant("b")], 'turn 1 (system): "tools" is not valid'),
+    "deep arguments": ([user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "[" * 9999}])], "arguments of"),
+    "huge number": ([system("", tools=f"[{'7' * 9999}]"), user("a"), assistant("b")], '"tools" is not valid JSON'),
     "half a character": ([user("a\ud83d"), assistant("b")], "turn 1 (user): the text holds half of a surrogate pair"),
 }
 
@@ -335,6 +388,18 @@ def test_bad_conversation_is_one_sentence_with_the_place(case):
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         validate_conversation(turns, where="data.jsonl:7")
     assert str(caught.value).startswith("data.jsonl:7: ") and "\n" not in str(caught.value)
+
+
+TEXT_ONLY = {  # what the template cannot see, or need not refuse
+    "turn is text", "not a list", "empty", "no assistant", "nothing learned", "half learned", "mask of tokens",
+    "deep tools", "deep arguments", "arguments half", "half a character",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(BAD.keys() - TEXT_ONLY))
+def test_the_template_refuses_it_too(case):
+    with pytest.raises(TemplateError):
+        TOKENIZER.apply_chat_template(BAD[case][0], tokenize=False)
 
 
 def test_prompts_need_no_assistant_turn():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import lm_dataset
+from dataset import token_cache
 from model import loading
 from model.errors import run_script as run_in_process
 from model.LMConfig import MiniMindConfig
@@ -100,6 +100,8 @@ BAD_CHATS = {
     "empty answer": (conversation(HI, ("assistant", "")), "neither content nor a tool call"),
     "no turns": (b'{"conversations": []}', "at least one turn"),
     "another format": (b'{"text": "a text"}', '"conversations"'),
+    "a long number": (b'{"id": ' + b"7" * 5000 + b"}", "a number of more than 4,300 digits"),
+    "deep brackets": (b'{"conversations": ' + b"[" * 5000, "nested too deeply"),
     "half a character": (b'{"conversations": [{"role": "user", "content": "\\ud83d"}]}', "surrogate"),
 }
 
@@ -116,7 +118,8 @@ def test_a_bad_chat_row_stops_before_the_first_step(row, home, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"text": ""}', b'{"text": 5}', b'{"conversations": []}', b"\xff", b'{"text": "ab', b"5"]
+    "line",
+    [b'{"text": ""}', b'{"text": 5}', b'{"conversations": []}', b"\xff", b'{"text": "ab', b"5", b'{"text": "\\ud83d"}'],
 )
 def test_a_bad_text_row_stops_before_the_first_step(line, home, capsys):
     path = home / "bad.jsonl"
@@ -143,6 +146,15 @@ def test_missing_and_empty_files(script, content, home, capsys):
     message = fails(capsys, home, script, flags)
     wanted = {None: "does not exist", "folder": "is a folder"}.get(content, "is empty")
     assert str(path) in message and wanted in message
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", ".."])
+def test_a_folder_for_a_data_file(path, home, capsys, monkeypatch):
+    monkeypatch.chdir(home)
+    for script, flags in ("trainer.train_pretrain", pretrain(home)), ("trainer.train_full_sft", sft(home)):
+        assert "is a folder, not a file" in fails(capsys, home, script, [*flags, f"--data_path={path}"])
+        assert "is a folder, not a file" in fails(capsys, home, script, [*flags, f"--val_path={path}"])
+    assert "is a folder, not a file" in fails(capsys, home, "scripts.inspect_data", [path])
 
 
 def test_missing_held_out_file(home, capsys):
@@ -380,7 +392,7 @@ def test_disk_full_while_weights_are_written(room, home, capsys, monkeypatch):
 def test_disk_full_while_data_is_tokenised(room, home, capsys, monkeypatch):
     path = write_rows(home / "new.jsonl", [{"text": f"Another sentence {i}."} for i in range(9)])
     with monkeypatch.context() as patch:
-        patch.setattr(lm_dataset, "open", full_disk_open(room), raising=False)
+        patch.setattr(token_cache, "open", full_disk_open(room), raising=False)
         message = fails(capsys, home, "trainer.train_pretrain", pretrain(home, f"--data_path={path}"))
     assert "disk is full" in message
     assert len(list((home / "out" / "cache").iterdir())) == 2  # those of the earlier runs

@@ -48,6 +48,30 @@ def test_pretraining_file(tmp_path, capsys):
     assert f"[ ] <|im_start|>\n[+] {TEXTS[0]}<|im_end|>\n" in out
 
 
+def test_the_first_token_of_a_cut_piece_is_not_learned(tmp_path, capsys, tokenizer):
+    """A document of 20 tokens in rows of 8: nothing stands before the tokens 0, 8 and 16."""
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    path = write_rows(tmp_path / "texts.jsonl", [{"text": text}])
+    ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]
+    wanted = []
+    for begin in range(0, len(ids), 8):
+        wanted.append("[ ] " + tokenizer.decode(ids[begin : begin + 1]))
+        wanted.append("[+] " + tokenizer.decode(ids[begin + 1 : begin + 8]))
+    assert len(ids) > 17 and len(ids) % 8 != 1
+    code, out, _ = inspect(path, capsys, "--max_seq_len=8")
+    assert code == 0 and out[out.index(f"{path}:1\n") :].splitlines()[1:-1] == wanted
+    code, out, _ = inspect(path, capsys, "--max_seq_len=8", "--packed", "--rows=9")
+    assert code == 0 and all(line in out.splitlines() for line in wanted)
+
+
+def test_what_is_cut_is_counted(tmp_path, capsys):
+    path = write_rows(tmp_path / "chats.jsonl", [chat("Who?", "It is me. " * 60)] * 3 + [chat("Who?", "Me.")])
+    code, out, err = inspect(path, capsys, "--max_seq_len=32")
+    assert (code, err) == (0, "") and f"{path}: 3 of 4 rows are longer than 32 tokens and are cut: " in out
+    code, out, err = inspect(path, capsys, "--max_seq_len=512")
+    assert code == 0 and "are cut" not in out
+
+
 def test_packed_rows_show_document_borders(tmp_path, capsys):
     path = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     code, out, err = inspect(path, capsys, "--packed", "--max_seq_len=256", "--rows=5")

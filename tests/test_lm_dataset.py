@@ -148,6 +148,47 @@ def test_conversation_is_cut_after_a_whole_exchange(tokenizer):
     ]
 
 
+def test_an_exchange_that_fits_exactly_is_kept_whole(tokenizer):
+    turns = chat("一?", "甲乙丙")["conversations"] + chat("三?", "戊己")["conversations"]
+    alone = encode_conversation(tokenizer, turns)
+    kept = fit_conversation(alone, len(alone.ids))
+    assert (kept.ids, kept.lost) == (alone.ids, 0)
+    assert [i for i, is_target in zip(kept.ids, kept.is_target, strict=True) if is_target][-1] == tokenizer.eos_token_id
+    longer = encode_conversation(tokenizer, turns + chat("二" * 20 + "?", "丁" * 300)["conversations"])
+    kept = fit_conversation(longer, len(alone.ids))
+    assert (kept.ids, kept.lost) == (alone.ids, len(longer.ids) - len(alone.ids))
+
+
+def test_an_exchange_whose_answer_is_not_learned_is_not_the_last_one_kept_alone(tokenizer):
+    first, second = chat("一?", "甲乙丙")["conversations"], chat("二?", "丁" * 300)["conversations"]
+    first[1]["weight"] = 0
+    encoded = encode_conversation(tokenizer, first + second)
+    kept = fit_conversation(encoded, 64)
+    assert len(kept.ids) == 64 and kept.is_target[-1] and not any(kept.is_target[: encoded.turn_ends[3]])
+    assert fit_conversation(encoded, encoded.turn_ends[3]) is None
+
+
+def test_cut_answers_are_told(tmp_path, tokenizer, capsys):
+    long = "word " * 400
+    chats = write_rows(tmp_path / "chats.jsonl", [chat(f"{i}?", long) for i in range(20)] + [chat("a", "b")])
+    one = len(encode_conversation(tokenizer, chat("1?", long)["conversations"]).ids) - 128
+    lost = 20 * one + 10  # a digit more in ten of the questions
+    for _ in range(2):  # the second time from the cache
+        SFTDataset(chats, tokenizer, 128, tmp_path / "cache")
+        out, err = capsys.readouterr()
+        assert f"{chats}: 20 of 21 rows are longer than 128 tokens and are cut: {lost:,} tokens are lost" in out
+        assert err == "" and out.count("\n") == 1
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", [pair("1?", long, "short"), pair("1?", "a", "b"), pair("1?", "a", long)]
+    )
+    DPODataset(pairs, tokenizer, 256, tmp_path / "cache")
+    assert f"{pairs}: 2 of 3 rows are longer than 128 tokens and are cut: {2 * one:,} tokens" in capsys.readouterr().out
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": long}])
+    PretrainDataset(texts, tokenizer, 128, tmp_path / "cache")  # in pieces: nothing is lost
+    SFTDataset(chats, tokenizer, 1024, tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_an_answer_longer_than_a_row_keeps_its_beginning_without_an_end_token(tokenizer):
     encoded = encode_conversation(tokenizer, chat("一?", "丁" * 300)["conversations"])
     kept = fit_conversation(encoded, 64)
@@ -157,7 +198,7 @@ def test_an_answer_longer_than_a_row_keeps_its_beginning_without_an_end_token(to
 
 def test_second_run_reads_the_cache(texts, tmp_path, tokenizer, monkeypatch):
     first = PretrainDataset(texts, tokenizer, 64, tmp_path / "cache")
-    monkeypatch.setattr("dataset.lm_dataset.write_documents", None)
+    monkeypatch.setattr("dataset.token_cache.write_documents", None)
     second = PretrainDataset(texts, tokenizer, 64, tmp_path / "cache")
     assert np.array_equal(first.cache.ids, second.cache.ids)
     assert isinstance(second.cache.ids, np.memmap)
@@ -300,7 +341,7 @@ def test_long_answers_are_cut_and_long_prompts_are_left_out(tmp_path, tokenizer,
     dataset = DPODataset(path, tokenizer, 128, tmp_path / "cache")
     assert (
         f"{path}: 2 pairs have no two different answers within 64 tokens each and are left out"
-        in capsys.readouterr().err
+        in capsys.readouterr().out
     )
     assert dataset.cache.lines.tolist() == [1, 4] and int(dataset.cache.borders[0]) == 64
     ids, targets = dataset.cache.ids[:64], dataset.cache.targets[:64]
@@ -313,7 +354,7 @@ def test_long_answers_are_cut_and_long_prompts_are_left_out(tmp_path, tokenizer,
 
 def test_pairs_are_read_from_the_cache(pairs, tmp_path, tokenizer, monkeypatch):
     first = DPODataset(pairs, tokenizer, 192, tmp_path / "cache")
-    monkeypatch.setattr("dataset.lm_dataset.write_documents", None)
+    monkeypatch.setattr("dataset.token_cache.write_documents", None)
     second = DPODataset(pairs, tokenizer, 192, tmp_path / "cache")
     assert np.array_equal(first.cache.borders, second.cache.borders)
     assert torch.equal(first[0]["attention_mask"], second[0]["attention_mask"])

@@ -1,5 +1,6 @@
 """The shipped tokenizer (ids, digits, round trip, GPT-2 splitting) and the script that trains one."""
 
+import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -219,18 +220,46 @@ def test_long_plain_lines_come_in_pieces_that_keep_characters_whole(tmp_path, mo
     assert "".join(train_tokenizer.read_texts(path)) == "你好世界，一行很长的文字\nsecond line"
 
 
+@pytest.mark.parametrize(("letters", "merged"), [(1022, True), (1023, False)])
+def test_merges_do_not_reach_beyond_a_kilobyte_of_one_word(letters, merged):
+    """Learning is quadratic in a word: 600,000 letters took over nine minutes. q stands on its byte 1023 or 1024."""
+    made = train_tokenizer.train(["x" * letters + "qz"] * 3, vocab_size=300, min_frequency=2)
+    assert any("qz" in entry for entry in made.get_vocab()) == merged
+    long = "qz" * 60_000
+    assert made.decode(made.encode(long, add_special_tokens=False).ids) == long
+
+
+def test_words_of_the_chat_format_become_entries_whatever_the_text(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("".join(f"第{n}行 line {n}: Der Hund beisst den Mann.\n" for n in range(2000)), encoding="utf-8")
+    run("--data_path", path, "--out_dir", tmp_path / "made", "--vocab_size", 800)
+    made = Tokenizer.from_file(str(tmp_path / "made" / "tokenizer.json"))
+    for word in ("system", "user", "assistant"):
+        assert len(made.encode(word, add_special_tokens=False).ids) == 1
+        first = made.encode(f"{word}\n\nHi", add_special_tokens=False).ids[0]
+        assert made.decode([first]) == word
+
+
 BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
-    "blank.jsonl": (b"\n \n", "blank.jsonl: the file holds only blank lines"),
-    "half.jsonl": (b'{"text": "ok"}\n{"text": "half', "half.jsonl:2: the line is not whole JSON"),
-    "latin.jsonl": (b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n', "latin.jsonl:3: the line is not UTF-8"),
+    "blank.txt": (b"", "blank.txt: the file is empty"),
+    "blank.jsonl": (b"\n \n", "blank.jsonl is empty: it holds no row"),
+    "half.jsonl": (b'{"text": "ok"}\n{"text": "half', "half.jsonl:2: not a whole JSON object"),
+    "latin.jsonl": (b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n', "latin.jsonl:3: byte 14 of the line is not UTF-8"),
     "latin.txt": (b"fine\ncaf\xe9\n", "latin.txt:2: the line is not UTF-8"),
     "cut.txt": ("fine\n你".encode()[:-1], "cut.txt:2: the file ends inside a UTF-8 character"),
     "textless.jsonl": (b'{"text": "ok"}\n{"title": "x"}\n', "textless.jsonl:2: the row has no text"),
     "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: the row has no text"),
-    "list.jsonl": (b"[1]\n", "list.jsonl:1: the row has no text"),
+    "list.jsonl": (b"[1]\n", "list.jsonl:1: a row must be a JSON object"),
     "silent.jsonl": (b'{"conversations": [{"role": "user"}]}\n', "silent.jsonl:1: the row has no text"),
-    "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "surrogate.jsonl:1: half of a surrogate pair"),
+    "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "surrogate.jsonl:1: the text holds half of a surrogate pair"),
+    "bigint.jsonl": (
+        b'{"text": "ok", "id": ' + b"7" * 9999 + b"}",
+        "bigint.jsonl:1: a number of more than 4,300 digits",
+    ),
+    "deep.jsonl": (b'{"text": ' + b"[" * 9999, "deep.jsonl:1: brackets nested too deeply"),
+    "array.jsonl": (b'[\n  {\n    "text": "ok"\n  }\n]\n', "array.jsonl is JSON over several lines"),
+    "text.jsonl.gz": (gzip.compress(b'{"text": "ok"}\n'), "text.jsonl.gz is a gzip archive"),
 }
 
 

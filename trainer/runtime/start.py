@@ -169,7 +169,7 @@ def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) ->
     if args.data_path is None and not train.exists():
         train = ensure_demo_data() / demo_name
         print(f"dataset/{default_name} is not there: training on the embedded data, {train}")
-    held_out = train.with_name(f"{train.stem}_val{train.suffix}")
+    held_out = train.parent / f"{train.stem}_val{train.suffix}"  # with_name refuses "."
     return train, args.val_path or (held_out if held_out.exists() else None)
 
 
