@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -13,6 +14,7 @@ from .errors import InputError
 from .LMConfig import CONFIG_FIELDS, MiniMindConfig
 from .model_minimind import MiniMindForCausalLM
 
+QUANTISED = "quantised weights cannot be read, take the original ones"
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before names
 
 # Settings that weights do not depend on: a caller may choose them anew.
@@ -63,7 +65,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not tensor.is_floating_point():  # cast to floats, they would be other weights
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{path} holds {name} as {kind}: quantised weights cannot be read, take the original ones")
+            raise InputError(f"{path} holds {name} as {kind}: {QUANTISED}")
     plain = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     if len(plain) < len(state):
         raise InputError(f"{path} holds weights both with and without the prefix module. or _orig_mod.: save it again")
@@ -166,6 +168,7 @@ def load_folder(
         stretch_foreign(config)
     if not own and kind is not MiniMindForCausalLM:
         raise InputError(f"{path} is no folder of MiniMind's own: its config.json has another model_type")
+    refuse_whole_numbers(path)
     loader = kind if own else AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
@@ -183,6 +186,19 @@ def load_folder(
         model.generation_config.eos_token_id = config.eos_token_id
     length = getattr(config, "original_max_position_embeddings", None)
     return model, {"path": str(path), "trained_length": length, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def refuse_whole_numbers(path: Path) -> None:
+    """InputError where a folder's weights are integers, which transformers would cast to floats without a word."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt") as tensors:
+                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError:  # cut short: who reads the values says so
+            continue
+        for name, kind in kinds.items():
+            if name.endswith("weight") and kind[0] in "IU":
+                raise InputError(f"{file} holds {name} as {kind}: {QUANTISED}")
 
 
 def end_ids(path: Path, own: int | list[int] | None) -> int | list[int] | None:

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -214,6 +215,16 @@ def test_whole_numbers_are_no_weights(dtype, tmp_path):
     words = rf"public\.pth holds {name} as {str(dtype)[6:]}: quantised weights cannot be read"
     with pytest.raises(InputError, match=words):
         load_model(tmp_path / "public.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_in_a_folder_are_no_weights(dtype, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({**state, name: (state[name] * 9).to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"model\.safetensors holds {name} as \w+: quantised weights"):
+        load_model(tmp_path)
 
 
 WRONG_TYPES = [
