@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.chat import encode_prompt
 from dataset.lm_dataset import file_hash
-from model.errors import InputError, UsageError, run_script
+from model.errors import InputError, UsageError, check_text, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
-from model.loading import check_vocab, find_weights, load_model, load_tokenizer
+from model.loading import check_vocab, find_weights, load_model, open_tokenizer
 from model.model_lora import find_lora, merge_lora
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora_name",
         help="adapter of out/lora/ to merge in, or a .pth file, or a folder of PEFT's; made for these very weights",
     )
-    add("--tokenizer_path", type=Path, help="folder of a tokenizer (default: model/)")
+    add("--tokenizer_path", type=Path, help="folder of a tokenizer (default: the one beside the weights, else model/)")
     add("--preset", choices=PRESETS, help="size of the weights to look for (default: the newest of any size)")
     add("--hidden_size", type=COUNT, help="width of the weights to look for")
     add("--num_hidden_layers", type=COUNT, help="depth that the weights must have")
@@ -110,6 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # 1. Weights
+    check_text(args.prompt or "", "--prompt")
     device = pick_device(args.device)
     dtype = torch.float32 if (args.dtype, device.type) == ("auto", "cpu") else pick_dtype(args.dtype, device)
     sizes = given_sizes(args)
@@ -124,11 +125,9 @@ def main(args: argparse.Namespace) -> None:
         path, preset=args.preset, config_overrides=sizes, device=device, dtype=dtype,
         inference_rope_scaling=args.inference_rope_scaling,
     )  # fmt: skip
-    own = path if args.tokenizer_path is None and (path / "tokenizer.json").is_file() else args.tokenizer_path
-    tokenizer = load_tokenizer(own)
-    check_vocab(tokenizer, model.config)
+    tokenizer = open_tokenizer(args.tokenizer_path, path, model)
     parameters = sum(p.numel() for p in model.parameters())
-    adapter = "" if args.lora_name is None else merge_adapter(model, path, args)
+    adapter = "" if args.lora_name is None else merge_adapter(model, path, tokenizer, args)
     seen = f"{info.get('tokens_seen') or 0:,} tokens seen"
     print(f"{path}{adapter}: {parameters / 1e6:.1f}M parameters, {seen}, on {device}\n")
 
@@ -151,10 +150,12 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
-def merge_adapter(model: torch.nn.Module, base: Path, args: argparse.Namespace) -> str:
+def merge_adapter(model: torch.nn.Module, base: Path, tokenizer, args: argparse.Namespace) -> str:
     """Add the adapter that --lora_name means to the model's weights -> " + its file", and whether others are below."""
     path = find_lora(args.out_dir, args.lora_name, model.config)
-    trained_on = merge_lora(model, path).get("base")
+    info = merge_lora(model, path)
+    check_vocab(tokenizer, model.config, path, info.get("vocabulary"))
+    trained_on = info.get("base")
     other = trained_on and base.is_file() and file_hash(base) != trained_on["hash"]
     return f" + {path}" + (f" (note: trained on other weights, {trained_on['name']})" if other else "")
 
@@ -165,11 +166,16 @@ def ask_for_typing() -> bool:
 
 
 def read_line(prompt: str) -> str:
-    """A typed line, empty at the end of input."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return ""
+    """A typed line, empty at the end of input. One with half a character in it is asked for again."""
+    while True:
+        try:
+            line = input(prompt).strip()
+            line.encode()
+            return line
+        except EOFError:
+            return ""
+        except UnicodeError:  # from input(), or from lone bytes that it has let through
+            print("this holds half a character, or bytes of another encoding: type it again")
 
 
 def automatic_test(engine: Engine, tokenizer, args: argparse.Namespace) -> list[tuple[list[int], float]]:

@@ -137,6 +137,8 @@ class MiniMindConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.use_cache = use_cache
+        self.intermediate_size = intermediate_size
+        self._check_types()
         self._check_ranges()
         self.intermediate_size = intermediate_size or 64 * math.ceil(8 / 3 * hidden_size / 64)
         self._check_combinations()
@@ -163,6 +165,21 @@ class MiniMindConfig(PretrainedConfig):
             yarn["attention_factor"] = 0.1 * math.log(yarn["factor"]) + 1.0
         return yarn
 
+    def _check_types(self) -> None:
+        switches = ("inference_rope_scaling", "flash_attn", "tie_word_embeddings", "use_moe", "seq_aux")
+        for name in (*switches, "norm_topk_prob", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("rms_norm_eps", "rope_theta", "dropout", "aux_loss_alpha"):
+            if not is_number(getattr(self, name)):
+                raise UsageError(f"{name} must be a number, not {getattr(self, name)!r}")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, ids in (
+            ("bos_token_id", [self.bos_token_id]), ("eos_token_id", ends), ("pad_token_id", [self.pad_token_id])
+        ):  # fmt: skip
+            if not all(i is None or isinstance(i, int) for i in ids):
+                raise UsageError(f"{name} must be a token's number, not {getattr(self, name)!r}")
+
     def _check_ranges(self) -> None:
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
         lengths = ("max_position_embeddings", "original_max_position_embeddings")
@@ -170,6 +187,8 @@ class MiniMindConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
+        if self.intermediate_size is not None and not isinstance(self.intermediate_size, int):
+            raise UsageError(f"intermediate_size must be a positive whole number, not {self.intermediate_size!r}")
         if not isinstance(self.n_shared_experts, int) or self.n_shared_experts < 0:
             raise UsageError(f"n_shared_experts must be 0 or more, not {self.n_shared_experts!r}")
         if not 0 <= self.dropout < 1:
@@ -205,6 +224,8 @@ class MiniMindConfig(PretrainedConfig):
     def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
             return
+        if not isinstance(self.rope_scaling, dict):
+            raise UsageError(f"rope_scaling must hold YaRN's numbers by name, not {self.rope_scaling!r}")
         known = {*YARN_DEFAULTS, "type", "original_max_position_embeddings", "attention_factor"}
         unknown = sorted(set(self.rope_scaling) - known)
         if unknown:
@@ -212,8 +233,15 @@ class MiniMindConfig(PretrainedConfig):
         kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "yarn"))
         if kind != "yarn":
             raise UsageError(f"rope_scaling must be of type 'yarn' (nothing else is implemented), not {kind!r}")
+        for name in known - {"type", "rope_type"}:
+            if not is_number(self.rope_scaling.get(name) or 0):
+                raise UsageError(f"rope_scaling {name} must be a number, not {self.rope_scaling[name]!r}")
         if not self.rope_scaling.get("factor", YARN_DEFAULTS["factor"]) >= 1:
             raise UsageError(f"rope_scaling factor must be 1 or more, not {self.rope_scaling['factor']!r}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # Every field by name, for whoever stores or compares configs.

@@ -14,11 +14,27 @@ class UsageError(InputError):
     """Flags that cannot go together: reported like an argparse error, exit code 2."""
 
 
+def check_text(text: str, flag: str) -> None:
+    """Raise UsageError for half a character: bytes of a command line that are not in the console's encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} is no Unicode text (see its character {error.start + 1}): type it again") from None
+
+
+def loosen_console() -> None:
+    """Let a console that lacks a character (GBK has no emoji) show its code instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook or a test stands in for it
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run main(parse_args()); end with one sentence and exit 1 (data, files), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
 
     Programming errors keep their traceback; --debug keeps it for every error.
     """
+    loosen_console()
     args = parse_args()
     try:
         main(args)

@@ -96,7 +96,8 @@ def check_request(request: Request, vocab_size: int, context: int) -> None:
         raise InputError(f"the prompt holds token ids outside the vocabulary of {vocab_size}")
     if len(request.prompt) >= context:
         raise InputError(
-            f"the prompt has {len(request.prompt)} tokens, which leaves no room in the context of {context}"
+            f"the prompt has {len(request.prompt)} tokens, which leaves no room for a reply in the context of "
+            f"{context}: shorten it, or leave out its oldest messages"
         )
 
 

@@ -1,12 +1,15 @@
 """The one way weights are written and read: out/<stage>_<hidden>[_moe].pth with its JSON, public .pth, folders.
 
 A .pth is a state dict in half precision, nothing else. The JSON beside it holds the config and where the weights come
-from, so that nobody repeats sizes on a command line; what a caller asks for all the same must agree with it.
+from, so that nobody repeats sizes on a command line; what a caller asks for all the same must agree with it. The
+tokenizer belongs to the weights too: an id means nothing without the vocabulary that gave it.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,9 +17,10 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError, UsageError
+from .formats import FREE_FIELDS, agree, check_state, load_folder, read_state_dict, sizes_from_shapes
 from .LMConfig import CONFIG_FIELDS, MiniMindConfig
 from .model_minimind import MiniMindForCausalLM
 
@@ -34,19 +38,8 @@ TRAINED_BY = {
     "spo": "train_spo.py",
 }
 
-# Settings that weights do not depend on: a caller may choose them anew.
-FREE_FIELDS = {
-    "aux_loss_alpha",
-    "dropout",
-    "flash_attn",
-    "inference_rope_scaling",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-    "rope_scaling",
-    "seq_aux",
-    "use_cache",
-}
-
+SHIPPED = Path(__file__).parent  # the tokenizer's folder
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")  # what dataset/chat.py puts around a turn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -66,10 +59,12 @@ def save_weights(
     data_path: str | Path,
     data_hash: str,
     trained_length: int,
+    vocabulary: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the weights in half precision and their JSON; a failure leaves the former files as they were.
 
+    vocabulary: what vocabulary_of says of the tokenizer that they are trained with, None where nobody knows.
     state: the values by parameter name where the model itself does not hold them whole (DeepSpeed).
     """
     path = Path(path)
@@ -84,11 +79,16 @@ def save_weights(
         "data_file": Path(data_path).name,
         "data_hash": data_hash,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        "vocabulary": vocabulary,
         "config": {**config, "original_max_position_embeddings": trained_length},
     }
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    text = json_bytes(info)
     write_files({path: lambda f: torch.save(state, f), path.with_suffix(".json"): lambda f: f.write(text)})
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON in UTF-8, readable as it stands; half a character in it (a file name's bytes) is escaped as JSON does."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def with_tied(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -232,24 +232,12 @@ def load_pth(
         raise InputError(f"{source}: {error}") from error
     with torch.device("meta"):  # no memory, no random numbers: the file brings every value
         model = kind(config)
+    if config.tie_word_embeddings and hasattr(model, "lm_head") and "model.embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # others write tied weights once
     check_state(path, state, model)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     model.tie_weights()
     return model, {**info, "path": str(path)}
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file by name, nothing executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # a damaged archive fails in the zip reader, the unpickler or the tensor factory
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f"{path} is cut short or no weights file ({reason}): copy or train it again") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no plain state dict of weights (a checkpoint for --from_resume?)")
-    return state
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -259,7 +247,11 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         known = isinstance(info["config"], dict) and isinstance(info["format"], int)
-    except (ValueError, KeyError, TypeError):
+        known &= all(isinstance(info.get(name) or 0, int) for name in ("tokens_seen", "trained_length"))
+        known &= isinstance(info.get("lora", {}).get("alpha", 1.0), int | float)
+        parts = {"vocabulary": {"tokenizer", "entries", "hash"}, "base": {"name", "hash"}}
+        known &= all(info[name].keys() >= keys for name, keys in parts.items() if info.get(name))
+    except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
         raise InputError(f"{path} is cut short or not the JSON that belongs to weights: copy it again, or remove it")
@@ -268,140 +260,31 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def sizes_from_shapes(path: Path, state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The config fields that the shapes of a public .pth tell; heads come from `wanted`, else from MiniMind2: 8, 2."""
-    embedding = "model.embed_tokens.weight"
-    first = "model.layers.0."
-    dense, expert = (first + name for name in ("mlp.gate_proj.weight", "mlp.experts.0.gate_proj.weight"))
-    if embedding not in state or first + "self_attn.k_proj.weight" not in state or not {dense, expert} & set(state):
-        raise InputError(f"{path} holds no MiniMind weights: its first tensor is {next(iter(state))}")
-
-    def count(pattern: str) -> int:
-        found = [re.match(pattern, name) for name in state]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-    vocab_size, hidden_size = state[embedding].shape
-    kv_rows = state[first + "self_attn.k_proj.weight"].shape[0]
-    heads = wanted.get("num_attention_heads", 8)
-    kv_heads = wanted.get(
-        "num_key_value_heads", 2 if "num_attention_heads" not in wanted else kv_rows * heads // hidden_size
-    )
-    if kv_rows * heads != kv_heads * hidden_size:
-        raise InputError(
-            f"{path} has {kv_rows} key rows, but {heads} heads with {kv_heads} key/value heads over hidden size "
-            f"{hidden_size} make {kv_heads * hidden_size // heads}: name its preset or its numbers of heads"
-        )
-    return {
-        "hidden_size": hidden_size,
-        "vocab_size": vocab_size,
-        "num_hidden_layers": count(r"model\.layers\.(\d+)\."),
-        "intermediate_size": state[dense if dense in state else expert].shape[0],
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "use_moe": expert in state,
-        **(
-            {
-                "n_routed_experts": count(r"model\.layers\.0\.mlp\.experts\.(\d+)\."),
-                "n_shared_experts": count(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\."),
-            }
-            if expert in state
-            else {}
-        ),
-        "tie_word_embeddings": torch.equal(state[embedding], state.get("lm_head.weight", state[embedding])),
-    }
-
-
-def agree(known: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
-    """Raise InputError where the caller's sizes contradict those of the file."""
-    for name, value in wanted.items():
-        if name in known and name not in FREE_FIELDS and value is not None and value != known[name]:
-            raise InputError(
-                f"{source} says {name} {known[name]}, you ask for {value}: leave it out or load other weights"
-            )
-
-
-def check_state(path: Path, state: dict[str, Tensor], model: PreTrainedModel) -> None:
-    """Raise InputError, in one sentence, unless the file has exactly the model's tensors."""
-    expected = model.state_dict()
-    if "score.weight" in state and "score.weight" not in expected:
-        raise InputError(f"{path} is a reward model, not a language model: name the weights of another stage")
-    if "lm_head.weight" in state and "lm_head.weight" not in expected:
-        raise InputError(f"{path} is a language model, not a reward model: train one with trainer/train_reward.py")
-    is_moe = any(".experts." in name for name in state)
-    if is_moe != model.config.use_moe:
-        kinds = ("a dense model", "a model with experts")
-        raise InputError(f"{path} holds {kinds[is_moe]}, but the config is that of {kinds[not is_moe]} (use_moe)")
-    for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has the unknown", state.keys() - expected.keys()),
-    ):
-        if names:
-            raise InputError(f"{path} {problem} {min(names)} ({len(names)} such tensors): it does not fit its config")
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the config"
-            raise InputError(f"{path} does not fit: {shapes}")
-    if (
-        "lm_head.weight" in expected
-        and model.config.tie_word_embeddings
-        and not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
-    ):
-        raise InputError(f"{path} has an lm_head of its own, but its config says tie_word_embeddings")
-
-
-def load_folder(
-    path: Path, wanted: dict[str, Any], dtype: torch.dtype, kind: type[PreTrainedModel]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers folder: MiniMind's own class, or one that transformers brings (Llama ...); no foreign code."""
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is no transformers folder: it has no config.json")
-    try:
-        own = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "minimind"
-        config = (MiniMindConfig if own else AutoConfig).from_pretrained(path, local_files_only=True)
-    except (ValueError, AttributeError, KeyError, UsageError) as error:
-        raise InputError(f"{path / 'config.json'}: {error}") from error
-    agree({name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}, wanted, path)
-    if own:
-        for name in wanted.keys() & FREE_FIELDS:
-            setattr(config, name, wanted[name])
-    elif wanted.get("inference_rope_scaling"):
-        stretch_foreign(config)
-    if not own and kind is not MiniMindForCausalLM:
-        raise InputError(f"{path} is no folder of MiniMind's own: its config.json has another model_type")
-    loader = kind if own else AutoModelForCausalLM
-    try:
-        model, report = loader.from_pretrained(
-            path, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # safetensors, zip, JSON and shape errors have no common class
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be loaded ({reason}): copy or export it again") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            example = min(map(str, report[problem]))
-            raise InputError(
-                f"{path} has {problem.replace('_', ' ')} such as {example}: it does not fit its config.json"
-            )
-    length = getattr(config, "original_max_position_embeddings", None)
-    return model, {"path": str(path), "trained_length": length, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def stretch_foreign(config: Any) -> None:
-    """Turn YaRN on, with MiniMind's numbers, in a config of another class."""
-    trained = getattr(config, "original_max_position_embeddings", None)
-    own = MiniMindConfig(
-        inference_rope_scaling=True, **({"original_max_position_embeddings": trained} if trained else {})
-    )
-    config.rope_parameters = {**own.yarn_parameters(), "rope_theta": config.rope_parameters["rope_theta"]}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, by default the one shipped beside this file."""
-    folder = Path(__file__).parent if path is None else Path(path)
+    """The tokenizer of a folder, by default the shipped one; InputError where texts and chats need what it has not."""
+    folder = SHIPPED if path is None else Path(path)
+    tokenizer = read_tokenizer(folder)
+    known = tokenizer.get_vocab()
+    lacking = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
+    if lacking := lacking + [token for token in TURN_TOKENS if token not in known]:
+        raise InputError(
+            f"the tokenizer in {folder} has no {', no '.join(lacking)}, which texts and chats are written with: "
+            "add them to it, or train another with scripts/train_tokenizer.py"
+        )
+    if "ByteLevel" not in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)):
+        raise InputError(
+            f"the tokenizer in {folder} is not byte-level, its tokens cannot be read here as the bytes that they stand "
+            "for: take a byte-level BPE, such as scripts/train_tokenizer.py trains"
+        )
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whatever it is fit for."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"{folder} has no tokenizer.json: name another --tokenizer_path or run scripts/train_tokenizer.py"
@@ -413,10 +296,88 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer in {folder} cannot be read ({reason})") from error
 
 
-def check_vocab(tokenizer: PreTrainedTokenizerBase, config: MiniMindConfig) -> None:
-    """Raise InputError if the tokenizer has ids that the model has no embedding for."""
+def open_tokenizer(named: str | Path | None, path: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of the weights in path: the named one, else the one beside them, else the shipped one; checked."""
+    tokenizer = load_tokenizer(named or tokenizer_beside(path))
+    check_vocab(tokenizer, model.config, path)
+    take_special_ids(model, tokenizer)
+    return tokenizer
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """The folder of the tokenizer that lies in a transformers folder, or in the folder of a .pth file."""
+    folder = path if path.is_dir() else path.parent
+    names = ["tokenizer.json"]
+    if path.is_dir():  # one that cannot be read must not give way to another in silence
+        names += ["tokenizer.model", "tokenizer_config.json", "vocab.json"]
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What weights remember of their tokenizer: its name, its size, and a hash of which id each token has."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    digest = hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
+    return {"tokenizer": Path(tokenizer.name_or_path).resolve().name, "entries": len(entries), "hash": digest}
+
+
+def recorded_vocabulary(path: Path) -> dict[str, Any] | None:
+    """vocabulary_of the tokenizer that weights were trained with; None where neither JSON nor folder tells it."""
+    if path.is_dir():
+        return vocabulary_of(read_tokenizer(path)) if (path / "tokenizer.json").is_file() else None
+    return read_info(path.with_suffix(".json")).get("vocabulary")
+
+
+def check_vocab(
+    tokenizer: PreTrainedTokenizerBase,
+    config: MiniMindConfig,
+    path: Path | None = None,
+    recorded: dict[str, Any] | None = None,
+) -> None:
+    """Raise InputError if the tokenizer has ids that the model has no embedding for, or is not that of the weights.
+
+    path: where the weights come from; recorded: the vocabulary that they were trained with, by default what path tells.
+    Weights that nobody knows it of, such as public ones, pass.
+    """
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model a vocabulary of "
             f"{config.vocab_size}: use the tokenizer that the model was trained with"
         )
+    recorded = recorded or (path and recorded_vocabulary(path))
+    here = vocabulary_of(tokenizer)
+    if recorded and recorded["hash"] != here["hash"]:
+        told = "{tokenizer!r}, {entries} entries with hash {hash!s:.8}"
+        raise InputError(
+            f"{path} belongs to another tokenizer ({told.format(**recorded)}), {tokenizer.name_or_path} gives tokens "
+            f"other ids ({told.format(**here)}): name the folder of its own with --tokenizer_path"
+        )
+
+
+def take_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model whose special ids are still the defaults those of its tokenizer: <|im_end|> ends a reply anyway."""
+    names, config = ("bos_token_id", "eos_token_id", "pad_token_id"), model.config
+    if tuple(getattr(config, name) for name in names) != (1, 2, 0):
+        return
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    values = (tokenizer.bos_token_id, ends if len(ends) > 1 else ends[0], tokenizer.pad_token_id)
+    for holder in filter(None, (config, getattr(model, "generation_config", None))):
+        for name, value in zip(names, values, strict=True):
+            setattr(holder, name, value)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer of a folder beside weights, so that transformers 4 and 5 read it, its chat template with it."""
+    tokenizer, path = read_tokenizer(source), source / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config.pop("backend", None)  # transformers 5 writes it, and a class that transformers 4 does not know
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # a mapping in transformers 4
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")  # older folders keep them in a file of their own
+    config |= {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    template = tokenizer.chat_template  # may stand in chat_template.jinja alone; several of them have names
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    config |= {"chat_template": template} if template else {}
+    shutil.copy(source / "tokenizer.json", target)
+    (target / "tokenizer_config.json").write_bytes(json_bytes(config))

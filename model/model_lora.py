@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .errors import InputError, UsageError
 from .LMConfig import CONFIG_FIELDS
-from .loading import FORMAT, half_precision, read_info, read_state_dict, unwrap, write_files
+from .loading import FORMAT, half_precision, json_bytes, read_info, read_state_dict, unwrap, write_files
 from .model_minimind import Attention
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -171,6 +171,7 @@ def save_lora(
     data_path: str | Path,
     data_hash: str,
     trained_length: int,
+    vocabulary: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
     base: dict[str, str] | None = None,
 ) -> None:
@@ -183,10 +184,9 @@ def save_lora(
     values = half_precision({name: value for name, value in values.items() if KEY.fullmatch(name)}, path)
     info = {"format": FORMAT, "stage": stage, "lora": adapter_settings(model), "base": base}
     info |= {"tokens_seen": tokens_seen, "trained_length": trained_length}
-    info |= {"data_file": Path(data_path).name, "data_hash": data_hash}
+    info |= {"data_file": Path(data_path).name, "data_hash": data_hash, "vocabulary": vocabulary}
     info["config"] = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    text = json_bytes(info)
     write_files({path: lambda f: torch.save(values, f), path.with_suffix(".json"): lambda f: f.write(text)})
 
 
@@ -300,6 +300,8 @@ def import_peft(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]
+        if not isinstance(rank, int) or not isinstance(alpha, int | float):
+            raise TypeError(f"r {rank!r}, lora_alpha {alpha!r}")
         alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # PEFT divides by sqrt(r) there
         state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:

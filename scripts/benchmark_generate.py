@@ -38,7 +38,7 @@ from dataset.rows import read_jsonl
 from model.errors import InputError, UsageError
 from model.generation import Engine, Request
 from model.LMConfig import PRESETS, MiniMindConfig
-from model.loading import check_vocab, load_model, load_tokenizer
+from model.loading import load_model, load_tokenizer, open_tokenizer
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.devices import pick_device, synchronize
 from trainer.runtime.flags import COUNT, SWITCH, number
@@ -307,8 +307,8 @@ def print_figures(batch: int, figures: dict[str, dict]) -> None:
 def benchmark_generate(args: argparse.Namespace) -> None:
     if args.natural and not args.weight:
         raise UsageError("--natural needs a trained model, that ends its replies: give --weight")
-    model, tokenizer = open_weights(args), load_tokenizer()
-    check_vocab(tokenizer, model.config)
+    model = open_weights(args)
+    tokenizer = open_tokenizer(None, args.weight, model) if args.weight else load_tokenizer()
     work = [make_prompts(args, tokenizer, batch) for batch in args.batch]
     longest, context = max(len(ids) for prompts in work for ids in prompts), model.config.max_position_embeddings
     if longest + args.new_tokens > context:  # the engine would end there, generate would not

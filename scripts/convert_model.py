@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +35,7 @@ from transformers import (
 from model.decoder import own_config
 from model.errors import InputError, UsageError, run_script
 from model.LMConfig import PRESETS, MiniMindConfig
-from model.loading import check_vocab, load_model, load_tokenizer, save_weights
+from model.loading import copy_tokenizer, load_model, open_tokenizer, recorded_vocabulary, save_weights
 from model.model_lora import export_peft, find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.flags import SWITCH
@@ -55,7 +54,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, help="a .pth file or a transformers folder")
     add("target", type=Path, help="a folder, or a .pth file where the source is a folder")
-    add("--tokenizer_path", type=Path, help="folder of the tokenizer to put beside the weights (default: model/)")
+    add(
+        "--tokenizer_path",
+        type=Path,
+        help="folder of the tokenizer to put beside the weights (default: that beside the source, else model/)",
+    )
     add("--preset", choices=PRESETS, help="size of a .pth file that has no JSON beside it")
     add("--lora_name", help="adapter of lora/ beside the source, or a .pth file, to merge into the weights")
     add("--peft", **SWITCH, default=False, help="with --lora_name: write the adapter alone, in the format of PEFT")
@@ -187,8 +190,7 @@ def export(model: MiniMindForCausalLM, tokenizer_folder: Path, target: Path, dty
         folder = Path(scratch) / "model"
         exported.to(dtype).save_pretrained(folder)
         make_portable(folder, model.config.rope_theta)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tokenizer_folder / name, folder)
+        copy_tokenizer(tokenizer_folder, folder)
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         error = difference(model, again)
         if not error <= TOLERANCE:
@@ -215,6 +217,7 @@ def restore(model: PreTrainedModel, info: dict, source: Path, target: Path) -> f
     save_weights(
         own, target, stage=re.sub(r"_\d+(_moe)?$", "", target.stem), tokens_seen=0, data_path=source,
         data_hash=weights_file_hash(source), trained_length=own.config.original_max_position_embeddings,
+        vocabulary=recorded_vocabulary(source),
     )  # fmt: skip
     return difference(model, load_model(target)[0])
 
@@ -237,10 +240,9 @@ def main(args: argparse.Namespace) -> None:
     if args.source.is_dir():
         error = restore(model, info, args.source, args.target)
     else:
-        tokenizer_folder = args.tokenizer_path or Path(__file__).resolve().parents[1] / "model"
-        check_vocab(load_tokenizer(tokenizer_folder), model.config)
+        tokenizer = open_tokenizer(args.tokenizer_path, args.source, model)
         dtype = torch.float32 if args.lora_name else getattr(torch, info.get("dtype", "float16"))
-        error = export(model, tokenizer_folder, args.target, dtype)
+        error = export(model, Path(tokenizer.name_or_path), args.target, dtype)
     print(f"wrote {args.target}; logits within {error:.1e} of {args.source}")
 
 

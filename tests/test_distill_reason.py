@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
@@ -132,6 +132,7 @@ def plain_tokenizer(folder):
     """A byte-level tokenizer of single characters, without the tags; <answer> is there, but a control token."""
     vocab = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{chr(i): i for i in range(33, 127)}}
     backend = Tokenizer(models.BPE(vocab, []))
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=["<answer>"],

@@ -341,6 +341,52 @@ def test_broken_weights_end_in_a_sentence(temperature):
         Engine(model).generate([Request([5], temperature=temperature)])
 
 
+@pytest.mark.parametrize("ends", [[2, 17], [17, 2], 17, None])
+def test_every_end_token_of_a_list_ends_a_reply(ends):
+    model = make_model()
+    (free,) = Engine(model).generate([Request([5], seed=1, max_new_tokens=40, temperature=3.0, stop_ids=())])
+    first, second = free.ids[7], free.ids[11]
+    assert free.ids.index(first) == 7 and free.ids.index(second) == 11
+    chosen = {2: second, 17: first}
+    model.config.eos_token_id = [chosen[end] for end in ends] if isinstance(ends, list) else chosen.get(ends)
+    (result,) = Engine(model).generate([Request([5], seed=1, max_new_tokens=40, temperature=3.0)])
+    assert len(result.ids) == (40 if ends is None else 8)
+    assert result.finish_reason == ("length" if ends is None else "stop")
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_an_exception_leaves_no_request_behind(how, monkeypatch):
+    """Of a step in the middle, with one running, one waiting; the next call has its slot and the same answer."""
+    engine, request = Engine(make_model(), max_batch=1), Request([5, 6], seed=1, max_new_tokens=6, stop_ids=())
+    (expected,) = engine.generate([request])
+    calls, forward = [], Decoder.__call__
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__call__", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate([request, request, Request([7], n=3)]) if how == "generate" else list(
+                engine.stream(request)
+            )
+    assert engine.step() is False and not engine.active and not engine.waiting
+    assert engine.generate([request]) == [expected]
+
+
+@pytest.mark.parametrize(("cut", "most"), [({"top_k": 2}, 2), ({"top_p": 1e-6}, 1), ({"min_p": 1.0}, 1), ({}, 5)])
+def test_what_cannot_be_drawn_is_no_alternative(cut, most, dense):
+    """JSON knows no -inf, and the tokens that were cut off are none of the likeliest."""
+    (result,) = Engine(dense).generate([Request([5], seed=1, max_new_tokens=6, top_logprobs=5, **cut)])
+    assert [len(row) for row in result.top_logprobs] == [most] * len(result.ids)
+    assert all(math.isfinite(value) for row in result.top_logprobs for _, value in row)
+    for token, row in zip(result.ids, result.top_logprobs, strict=True):
+        assert most == 5 or token in dict(row)
+
+
 def test_a_tiny_temperature_is_greedy(dense):
     greedy, tiny = Engine(dense).generate([Request([5], temperature=t, max_new_tokens=9) for t in (0, 1e-38)])
     assert greedy == tiny
@@ -365,7 +411,7 @@ def test_replies_end_with_the_context(dense):
     ("wanted", "error", "words"),
     [
         ({"prompt": []}, InputError, "empty"),
-        ({"prompt": [1] * 20}, InputError, "20 tokens.*context of 20"),
+        ({"prompt": [1] * 20}, InputError, "20 tokens.*context of 20: shorten it, or leave out its oldest messages"),
         ({"prompt": [211]}, InputError, "vocabulary of 211"),
         ({"prompt": [-1]}, InputError, "vocabulary"),
         ({"max_new_tokens": 0}, UsageError, "max_new_tokens must be a whole number of at least 1, not 0"),

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model import loading
 from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
-from model.loading import check_vocab, load_model, load_tokenizer, save_weights, weights_path
+from model.loading import check_vocab, find_weights, load_model, load_tokenizer, save_weights, weights_path
 from model.model_minimind import MiniMindForCausalLM
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
@@ -120,6 +121,38 @@ def test_failure_leaves_the_former_files_whole(tmp_path, monkeypatch, place):
     assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
 
 
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """Each file is synced with all its bytes, and before any of them gets its name."""
+    events, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_size) or sync(number))
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append(str(new)) or replace(old, new))
+    texts = {tmp_path / "a": b"x" * 5000, tmp_path / "b": b"y"}
+    loading.write_files({path: lambda file, text=text: file.write(text) for path, text in texts.items()})
+    assert events == [5000, 1, str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_name_that_is_not_utf8_is_kept(tmp_path):
+    """Bytes of another encoding come from the system as lone surrogates; the JSON is UTF-8 all the same."""
+    save(make_model(), tmp_path / "a.pth", data_path="/data/\udcb2\udce2.jsonl")
+    (tmp_path / "a.json").read_bytes().decode("utf-8")
+    assert load_model(tmp_path / "a.pth")[1]["data_file"] == "\udcb2\udce2.jsonl"
+
+
+def test_a_stage_is_not_taken_for_its_neighbours(tmp_path):
+    """Newer files whose names only begin alike are not the stage's weights."""
+    path = tmp_path / "full_sft_64.pth"
+    save(make_model(), path)
+    decoys = ("full_sft_old_64", "full_sft_64_resume", "full_sft_64_moe_old", "full_sft_x", "my_full_sft_64")
+    for number, name in enumerate(decoys, start=1):
+        (tmp_path / f"{name}.pth").write_bytes(b"")
+        os.utime(tmp_path / f"{name}.pth", (4e9 + number, 4e9 + number))
+    assert find_weights(tmp_path, "full_sft") == path
+    newer = tmp_path / "full_sft_128_moe.pth"
+    newer.write_bytes(b"")
+    os.utime(newer, (4e9, 4e9))
+    assert find_weights(tmp_path, "full_sft") == newer
+
+
 def test_files_are_replaced_not_overwritten(tmp_path):
     """Whoever has the former file open keeps reading it whole."""
     path = tmp_path / "a.pth"
@@ -140,6 +173,94 @@ def test_public_file_without_json(tmp_path):
         assert again.config.intermediate_size == 96 and again.config.rope_theta == 1e6
         assert torch.equal(again(IDS).logits, model(IDS).logits)
         assert "stage" not in info
+
+
+def test_an_untied_public_file_stays_untied(tmp_path):
+    """Nothing but the two tensors tells it."""
+    model = make_model(tie_word_embeddings=False, intermediate_size=192)
+    torch.save(model.state_dict(), tmp_path / "public.pth")
+    again, _ = load_model(tmp_path / "public.pth")
+    assert not again.config.tie_word_embeddings
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("json_beside", [False, True])
+def test_tied_weights_may_be_stored_without_their_head(json_beside, tmp_path):
+    model, path = make_model(), tmp_path / "public.pth"
+    if json_beside:
+        save(model, path)
+    torch.save({name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}, path)
+    again, _ = load_model(path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
+    model, path = make_model(), tmp_path / "public.pth"
+    torch.save({prefix + name: value for name, value in model.state_dict().items()}, path)
+    assert torch.equal(load_model(path)[0](IDS).logits, model(IDS).logits)
+    state = model.state_dict()
+    torch.save({**state, f"{prefix}model.norm.weight": state["model.norm.weight"] * 2}, path)
+    with pytest.raises(InputError, match="both with and without the prefix"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(dtype, tmp_path):
+    state = make_model().state_dict()
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.save({**state, name: (state[name] * 9).to(dtype)}, tmp_path / "public.pth")
+    words = rf"public\.pth holds {name} as {str(dtype)[6:]}: quantised weights cannot be read"
+    with pytest.raises(InputError, match=words):
+        load_model(tmp_path / "public.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_in_a_folder_are_no_weights(dtype, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({**state, name: (state[name] * 9).to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"model\.safetensors holds {name} as \w+: quantised weights"):
+        load_model(tmp_path)
+
+
+WRONG_TYPES = [
+    ("hidden_size", "64"), ("num_hidden_layers", 2.0), ("intermediate_size", "192"), ("intermediate_size", 192.5),
+    ("dropout", "none"), ("dropout", None), ("rope_theta", "1e6"), ("rms_norm_eps", [1e-5]), ("aux_loss_alpha", "x"),
+    ("use_moe", "false"), ("tie_word_embeddings", None), ("flash_attn", 1), ("rope_scaling", [4]),
+    ("rope_scaling", {"factor": "4"}), ("rope_scaling", {"beta_fast": [32]}), ("eos_token_id", "</s>"),
+    ("eos_token_id", [2, "x"]), ("bos_token_id", [1]), ("pad_token_id", 0.5), ("n_shared_experts", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES)
+def test_wrong_types_in_a_config_get_one_sentence(name, value, tmp_path):
+    """In the JSON of a .pth and in config.json."""
+    save(make_model(), tmp_path / "a.pth")
+    make_model().save_pretrained(tmp_path / "own")
+    for path, weights in ((tmp_path / "a.json", "a.pth"), (tmp_path / "own" / "config.json", "own")):
+        content = json.loads(path.read_text())
+        content.get("config", content)[name] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=name) as error:
+            load_model(tmp_path / weights)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": "x"}, {"rope_parameters": [1]}, {"model_type": 7}, {"vocab_size": None}]
+)
+def test_wrong_types_in_another_class_get_one_sentence(change, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=96)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_public_v1_file_needs_its_heads(tmp_path):
@@ -242,6 +363,11 @@ def test_damaged_json_is_refused_by_name(tmp_path):
     path.with_suffix(".json").write_text(json.dumps({**json.loads(text), "format": 99}))
     with pytest.raises(InputError, match="format 99"):
         load_model(path)
+    for wrong in ({"tokens_seen": "many"}, {"trained_length": [1]}, {"lora": []}, {"lora": {"alpha": "8"}}, {"base": 1},
+                  {"vocabulary": {"hash": "h"}}, {"base": {"name": "x"}}):  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps({**json.loads(text), **wrong}))
+        with pytest.raises(InputError, match=r"a\.json is cut short or not the JSON"):
+            load_model(path)
     info = json.loads(text)
     info["config"]["hiden_size"] = 3
     path.with_suffix(".json").write_text(json.dumps(info))

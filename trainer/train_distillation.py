@@ -34,7 +34,7 @@ from dataset.lm_dataset import SFTDataset
 from model.attention import positions_from_mask, visible_keys
 from model.errors import InputError
 from model.LMConfig import PRESETS
-from model.loading import find_weights, load_model, load_tokenizer, missing
+from model.loading import check_vocab, find_weights, load_model, load_tokenizer, missing
 from model.loss import shifted_targets
 from model.model_minimind import MiniMindForCausalLM, MiniMindOutput
 from trainer.runtime.flags import COUNT, common_parser, number
@@ -136,17 +136,13 @@ def load_teacher(args: argparse.Namespace, run: Run) -> tuple[PreTrainedModel, P
 def check_same_vocabulary(
     teacher: PreTrainedModel, path: Path, student: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """InputError unless an id means the same token to both; a .pth tells the number of its tokens alone."""
+    """InputError unless an id means the same token to both."""
     if teacher.config.vocab_size != student.config.vocab_size:
         raise InputError(
             f"the teacher {path} has a vocabulary of {teacher.config.vocab_size}, the student one of "
             f"{student.config.vocab_size}: choose a teacher that was trained with the student's tokenizer"
         )
-    if (path / "tokenizer.json").is_file() and load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"the teacher's tokenizer in {path} gives tokens other ids than the student's, {tokenizer.name_or_path}: "
-            "choose a teacher that was trained with the student's tokenizer, or name its own with --tokenizer_path"
-        )
+    check_vocab(tokenizer, teacher.config, path)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -53,7 +53,8 @@ def write_checkpoint(path: Path, config: MiniMindConfig, parts: dict[str, Any]) 
     """Write what a run is made of; a kill or a full disk at any moment leaves the former file whole.
 
     config: of the model that is the stage's; parts: engines (what Engine.state() gives, by name), extra (other state by
-    name), place (counters of the run), identity (what a resumed run must agree with), random (states of all ranks).
+    name), place (counters of the run), identity (what a resumed run must agree with), random (states of all ranks),
+    vocabulary (of the tokenizer, with which it must agree too).
     """
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
     content = {"format": FORMAT, "config": fields, **parts}
@@ -200,7 +201,7 @@ def link_weights(source: Path, folder: Path) -> None:
 def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> float | None:
     """Run a training command to its end -> seconds a step; or kill it `delay` seconds after a step's line -> None."""
     told = []  # when each progress line came
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     for line in process.stdout:
         if progress := re.match(r"\S+ (\d+)/\d+  ", line):
             told.append(time.monotonic())

@@ -80,7 +80,7 @@ def start_processes(device: torch.device, *, always: bool = False) -> None:
         "nccl" if on_cuda else "gloo", timeout=PATIENCE, device_id=device if on_cuda else None
     )  # fmt: skip
     if rank() != 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - for the rest of the process
 
 
 def free_port() -> int:

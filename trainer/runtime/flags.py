@@ -173,7 +173,7 @@ def add_weight_flags(parser: argparse.ArgumentParser, stage: str, stages: list[s
     group.add_argument("--stage", choices=stages, default=stage, help=f"whose weights (default: {stage})")
     group.add_argument("--weight", type=Path, help="a .pth file or a transformers folder, in place of a stage's newest")
     group.add_argument("--out_dir", type=Path, default=ROOT / "out", help="where the weights are (default: out/)")
-    group.add_argument("--tokenizer_path", type=Path, help="folder of a tokenizer (default: model/)")
+    group.add_argument("--tokenizer_path", type=Path, help="folder (default: the one beside the weights, else model/)")
     group.add_argument("--preset", choices=PRESETS, help="size of the weights to look for (default: the newest)")
     group.add_argument("--hidden_size", type=COUNT, help="width of the weights to look for")
     group.add_argument("--num_hidden_layers", type=COUNT, help="depth that the weights must have")

@@ -82,6 +82,7 @@ class Run:
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
         self.step = self.epoch = self.row = self.tokens = self.skipped_steps = self.resumed_at = 0
         self.checkpoint: dict | None = None  # of the run that this one resumes
+        self.vocabulary: dict | None = None  # of the tokenizer that the model is trained with
         self.settings: dict[str, object] = {}  # of this stage alone, that a resumed run must agree with
         self.meters = Meters(self.device)  # of the steps that no log line has told yet
         self.current_update: Update | None = None
@@ -243,11 +244,11 @@ class Run:
     def begin(self) -> None:
         """Restore what --from_resume found, open the log: the last thing before the first step."""
         identity = self.identity()
-        starts = gather((self.step, identity))
+        starts = gather((self.step, identity, self.vocabulary and self.vocabulary["hash"]))
         if starts != [starts[0]] * len(starts):
             raise InputError(
-                "the machines of this run differ in their data file or checkpoint: give each the same --data_path, and "
-                f"the same {self.args.out_dir / 'checkpoints'}"
+                "the machines of this run differ in their data file, tokenizer or checkpoint: give each the same "
+                f"--data_path and --tokenizer_path, and the same {self.args.out_dir / 'checkpoints'}"
             )
         torch.manual_seed(self.args.seed + rank() + self.step)  # weights are equal everywhere; dropout need not be
         if self.checkpoint:
@@ -313,9 +314,10 @@ class Run:
         self.write(
             model, self.weights, state=states[first]["weights"], stage=self.stage, tokens_seen=self.tokens,
             data_path=self.train_set.data_path, data_hash=self.train_set.data_hash,
-            trained_length=model.config.original_max_position_embeddings,
+            trained_length=model.config.original_max_position_embeddings, vocabulary=self.vocabulary,
         )  # fmt: skip
         parts = {"engines": states, "extra": extra, "place": place, "identity": self.identity(), "random": rng}
+        parts["vocabulary"] = self.vocabulary
         write_checkpoint(checkpoint_path(self.args.out_dir, self.weights), model.config, parts)
 
     def note_signal(self, number: int, frame) -> None:

@@ -14,8 +14,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import PackedDataset, file_hash
 from model.errors import InputError, run_script
+from model.formats import FREE_FIELDS
 from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
-from model.loading import FREE_FIELDS, check_vocab, find_weights, load_model, load_tokenizer, weights_path
+from model.loading import (
+    check_vocab,
+    find_weights,
+    load_model,
+    open_tokenizer,
+    take_special_ids,
+    vocabulary_of,
+    weights_path,
+)
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint, verify_resume
 from trainer.runtime.devices import pick_device, pick_dtype
@@ -60,7 +69,7 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
 
     longest: tokens of the longest document that it will see (default: --max_seq_len).
     """
-    longest = longest or args.max_seq_len
+    longest, path, recorded = longest or args.max_seq_len, None, None
     sizes = given_sizes(args)
     resumed = args.from_resume and find_checkpoint(
         args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none"
@@ -68,7 +77,7 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
     if args.from_resume and not resumed:
         print(f"no checkpoint of {run.stage} to resume in {args.out_dir / 'checkpoints'}: starting anew")
     if resumed:
-        model = resumed_model(resumed, args, run)
+        model, path, recorded = resumed_model(resumed, args, run), resumed, run.checkpoint.get("vocabulary")
     elif args.from_weight == "none":
         config = MiniMindConfig.from_preset(args.preset or "minimind2-small", **sizes)
         config.original_max_position_embeddings = longest
@@ -79,7 +88,9 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
         model, info = load_model(path, preset=args.preset, config_overrides=sizes)
         run.tokens = info.get("tokens_seen") or 0
         model.config.original_max_position_embeddings = max(info.get("trained_length") or 0, longest)
-    check_vocab(tokenizer, model.config)
+    check_vocab(tokenizer, model.config, path, recorded)
+    take_special_ids(model, tokenizer)
+    run.vocabulary = vocabulary_of(tokenizer)
     run.take_name(weights_path(args.out_dir, run.stage, model.config).stem)
     unfinished = checkpoint_path(args.out_dir, run.weights)
     if not resumed and run.is_main and unfinished.exists():
@@ -93,14 +104,12 @@ def open_model(args: argparse.Namespace, **overrides) -> tuple[Path, nn.Module, 
     overrides: config fields in place of the file's, among those that weights do not depend on.
     """
     device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
     path = args.weight or find_weights(args.out_dir, args.stage, preset=args.preset, **given_sizes(args))
     model, info = load_model(
         path, preset=args.preset, config_overrides={**given_sizes(args), **overrides}, device=device,
         dtype=pick_dtype(args.dtype, device),
     )  # fmt: skip
-    check_vocab(tokenizer, model.config)
-    return path, model, info, tokenizer
+    return path, model, info, open_tokenizer(args.tokenizer_path, path, model)
 
 
 def resumed_model(path: Path, args: argparse.Namespace, run: Run) -> MiniMindForCausalLM:
