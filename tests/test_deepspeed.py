@@ -23,7 +23,7 @@ from processes import PATIENCE, ROOT, Training, free_port, wait_for
 from model.errors import InputError, UsageError
 from trainer import train_pretrain
 from trainer.runtime import deepspeed_engine, engine
-from trainer.runtime.deepspeed_engine import check_deepspeed
+from trainer.runtime.deepspeed_engine import check_deepspeed, read_settings, zero_stage
 from trainer.runtime.run import Run
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--optimizer=adamw"]
@@ -195,7 +195,7 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def killed(data, tmp_path_factory):
-    """The out folder of a stage 2 run that was killed with its launcher, and what it would have ended with."""
+    """The out folder of a run with the built-in settings, killed with its launcher, and how it would have ended."""
     folder = tmp_path_factory.mktemp("killed")
     launch = Launch(flags_of(data, folder / "out", *SPLIT, "--deepspeed", "--save_interval=3"), folder / "launch.txt")
     launch.kill_at("pretrain 8/")
@@ -271,6 +271,11 @@ def test_a_wrong_file_is_refused_before_anything_is_written(settings, data, tmp_
         Run(args, "pretrain")
     assert error.type is kind
     assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_stage_exchanges_gradients_once_a_step():
+    """Stages 2 and 3 do in every micro-batch: they keep no whole gradient."""
+    assert zero_stage(read_settings("default")) == 1
 
 
 def test_auto_and_equal_numbers_are_accepted(data, tmp_path):
