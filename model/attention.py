@@ -64,7 +64,9 @@ def document_bounds(attention_mask: Tensor) -> Tensor | None:
     if resumed.any():
         return None
     starts = opens.flatten().nonzero()[:, 0]
-    return F.pad(starts, (0, 1), value=attention_mask.numel()).int()
+    bounds = F.pad(starts, (0, 1), value=attention_mask.numel()).int()
+    torch._dynamo.maybe_mark_dynamic(bounds, 0)  # else the layers would be compiled for this n, and then for any
+    return bounds
 
 
 def causal_keys(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -83,11 +85,13 @@ def document_attention(
 
     by_kernel: in one kernel for all runs, which GPUs have; otherwise run by run.
     """
-    shape, groups = q.shape, q.shape[2] // k.shape[2]
+    shape = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, d)
     if by_kernel:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return varlen_attn(q, k, v, bounds, bounds, shape[1], shape[1], window_size=(-1, 0)).view(shape)
+        longest, shared = shape[1], q.shape[1] != k.shape[1]
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=shared).view(
+            shape
+        )
     lengths = bounds.diff().tolist()
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)  # (H or K, n, d)
     parts = [flash_attention(q[None], k[None], v[None], None, True, dropout)[0] for q, k, v in documents]
@@ -101,8 +105,10 @@ def takes_documents(x: Tensor, config: MiniMindConfig, training: bool) -> bool:
     if x.device.type == "cpu":
         return not torch.compiler.is_compiling()
     half = compute_dtype(x) in (torch.bfloat16, torch.float16)
-    fits = config.head_dim % 8 == 0 and config.head_dim <= 256 and not (config.dropout and training)
-    return half and fits and varlen_attn is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    # Wider heads have no backward on sm_86. Builds without the kernel (Windows) have varlen_attn all the same.
+    fits = config.head_dim % 8 == 0 and config.head_dim <= 192 and not (config.dropout and training)
+    there = varlen_attn is not None and torch.backends.cuda.is_flash_attention_available()
+    return half and fits and there and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:

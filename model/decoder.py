@@ -11,7 +11,7 @@ Shapes:  B running sequences   T tokens of one prompt   N tokens of this step, a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -28,15 +28,15 @@ from .model_minimind import MoEFeedForward, rotary_frequencies
 Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 
 
-def pack(weight: Tensor, quantize: str | None) -> Linear:
+def pack(weight: Tensor, quantize: str | None, dtype: torch.dtype = torch.float32) -> Linear:
     """The product with a weight (out, in), in the fastest form that this machine has for it."""
     if quantize == "int8":
         return Int8Linear(weight.float())
-    if weight.device.type != "cpu":
-        return partial(F.linear, weight=weight)
+    if weight.device.type != "cpu":  # in its own place, which recorded steps know
+        return partial(F.linear, weight=weight.detach().to(dtype, copy=True))
     weight = weight.float()
-    rounding = (weight.half().float() - weight).abs().max()
-    if rounding <= 2**-25 and "fbgemm" in torch.backends.quantized.supported_engines:
+    halves = all((part.half().float() - part).abs().max() <= 2**-25 for part in (weight[:1], weight))  # a row tells
+    if halves and "fbgemm" in torch.backends.quantized.supported_engines:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # sums in float32
     return partial(F.linear, weight=weight)
@@ -57,9 +57,9 @@ class Int8Linear:
 class SwiGLU:
     """down(silu(gate(x)) * up(x)) with gate and up as one product: (N, D) -> (N, D)."""
 
-    def __init__(self, mlp: nn.Module, quantize: str | None) -> None:
-        self.gate_up = pack(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), quantize)
-        self.down = pack(mlp.down_proj.weight, quantize)
+    def __init__(self, mlp: nn.Module, quantize: str | None, dtype: torch.dtype) -> None:
+        self.gate_up = pack(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), quantize, dtype)
+        self.down = pack(mlp.down_proj.weight, quantize, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -69,11 +69,11 @@ class SwiGLU:
 class Experts:
     """MoEFeedForward without its balance loss: (N, D) -> (N, D)."""
 
-    def __init__(self, mlp: MoEFeedForward, quantize: str | None) -> None:
+    def __init__(self, mlp: MoEFeedForward, quantize: str | None, dtype: torch.dtype) -> None:
         self.config = mlp.config
-        self.gate = mlp.gate.weight.float()  # (E, D)
-        self.experts = [SwiGLU(expert, quantize) for expert in mlp.experts]
-        self.shared = [SwiGLU(expert, quantize) for expert in mlp.shared_experts]
+        self.gate = mlp.gate.weight.detach().to(torch.float32, copy=True)  # (E, D)
+        self.experts = [SwiGLU(expert, quantize, dtype) for expert in mlp.experts]
+        self.shared = [SwiGLU(expert, quantize, dtype) for expert in mlp.shared_experts]
 
     def __call__(self, x: Tensor) -> Tensor:
         scores = F.linear(x.float(), self.gate).softmax(dim=-1)  # (N, E)
@@ -97,12 +97,25 @@ class Layer:
 
     def __init__(self, block: nn.Module, quantize: str | None, dtype: torch.dtype) -> None:
         attention = block.self_attn
-        self.attention_norm = block.input_layernorm.weight.to(dtype)
-        self.mlp_norm = block.post_attention_layernorm.weight.to(dtype)
+        self.attention_norm = block.input_layernorm.weight.detach().to(dtype, copy=True)
+        self.mlp_norm = block.post_attention_layernorm.weight.detach().to(dtype, copy=True)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = pack(torch.cat([projection.weight for projection in projections]), quantize)
-        self.out = pack(attention.o_proj.weight, quantize)
-        self.mlp = (Experts if isinstance(block.mlp, MoEFeedForward) else SwiGLU)(block.mlp, quantize)
+        self.qkv = pack(torch.cat([projection.weight for projection in projections]), quantize, dtype)
+        self.out = pack(attention.o_proj.weight, quantize, dtype)
+        self.mlp = (Experts if isinstance(block.mlp, MoEFeedForward) else SwiGLU)(block.mlp, quantize, dtype)
+
+
+def tensors_of(part) -> Iterator[Tensor]:
+    """The numbers that packed weights consist of, always in the same order."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list):
+        for each in part:
+            yield from tensors_of(each)
+    elif isinstance(part, partial):
+        yield part.keywords["weight"]
+    elif isinstance(part, Layer | SwiGLU | Experts):
+        yield from tensors_of(list(vars(part).values()))
 
 
 def own_config(config: PretrainedConfig) -> MiniMindConfig:
@@ -155,22 +168,29 @@ class Decoder:
     Slots and C double when they are needed. The last column is scratch: rows that belong to nobody write there.
     """
 
-    def __init__(self, model: PreTrainedModel, quantize: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, quantize: str | None, dtype: torch.dtype | None = None) -> None:
+        """dtype: of weights and cache, by default the model's; on a CPU it is float32."""
         self.config, self.device = own_config(model.config), model.lm_head.weight.device
-        self.dtype = torch.float32 if self.device.type == "cpu" else model.lm_head.weight.dtype
+        self.dtype = torch.float32 if self.device.type == "cpu" else dtype or model.lm_head.weight.dtype
         self.eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self.graphed = self.device.type == "cuda"
         self.slots = self.capacity = 0
+        self.graphs: dict[tuple[int, int], tuple] = {}
         self.load(model, quantize)
 
     @torch.inference_mode()
     def load(self, model: PreTrainedModel, quantize: str | None) -> None:
         """Take the weights of the model as they are now."""
-        self.embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
-        self.layers = [Layer(block, quantize, self.dtype) for block in model.model.layers]
-        self.norm = model.model.norm.weight.to(self.dtype)
-        self.head = pack(model.lm_head.weight, quantize)
-        self.graphs: dict[tuple[int, int], tuple] = {}
+        embedding = model.model.embed_tokens.weight.detach().to(self.dtype, copy=self.graphed)
+        layers = [Layer(block, quantize, self.dtype) for block in model.model.layers]
+        norm = model.model.norm.weight.detach().to(self.dtype, copy=True)
+        weights = [embedding, layers, norm, pack(model.lm_head.weight, quantize, self.dtype)]
+        if self.graphs:  # recorded steps read the weights where they were
+            for old, new in zip(tensors_of(self.weights), tensors_of(weights), strict=True):
+                old.copy_(new)
+            return
+        self.weights = weights
+        self.embedding, self.layers, self.norm, self.head = weights
 
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for so many tokens in so many slots."""
@@ -194,7 +214,8 @@ class Decoder:
         angles = torch.arange(self.capacity + 1, device=self.device)[:, None, None] * frequencies  # (C + 1, 1, d/2)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         self.cos, self.sin = (torch.cat(pair, dim=-1).to(self.dtype) for pair in ((cos, cos), (-sin, sin)))
-        self.graphs = {}
+        self.graphs = {}  # they read and write the former cache
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one slot to another."""
@@ -273,21 +294,26 @@ class Decoder:
         if (rows, span) not in self.graphs:
             buffer, slots = inputs.clone(), torch.arange(rows, device=self.device)
             run = partial(self.forward, buffer[0], slots, buffer[1], rows, span, True, [])
-            self.graphs[rows, span] = buffer, *record(run)
+            self.graphs[rows, span] = buffer, *record(run, self.device, self.pool)
         buffer, again, logits = self.graphs[rows, span]
         buffer.copy_(inputs)
         again()
         return logits[: len(ids)]
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of run(): what runs it again, and the tensor that its result is in."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up before the recording
-        run(), run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+def record(run: Callable[[], Tensor], device: torch.device, pool) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of run(): what runs it again, and the tensor that its result is in.
+
+    Graphs of one pool share their memory, so a result has to be read before another graph runs. What other threads ask
+    of CUDA meanwhile (a loader's pins memory, NCCL's watches) does not end the recording.
+    """
+    with torch.cuda.device(device):  # a thread begins on the first one
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up before the recording
+            run(), run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
     return graph.replay, result

@@ -42,6 +42,17 @@ class Normalise(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight in the precision of the matrix products: (..., D), weight (D,) -> (..., D).
+
+    In the one kernel that CUDA has for it; torch.compile makes one of the formula.
+    """
+    dtype = compute_dtype(x)
+    if x.device.type == "cuda" and x.dtype == weight.dtype and not torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
+    return Normalise.apply(x, weight, eps, dtype)
+
+
 class Rotate(torch.autograd.Function):
     """Turn each pair (a, b) = (x[i], x[i + d/2]) to (a cos - b sin, b cos + a sin): (B, T, H, d) -> (B, T, H, d).
 
@@ -89,10 +100,13 @@ def grouped_experts(experts: nn.ModuleList, x: Tensor, counts: Tensor) -> Tensor
 
 
 def can_group(x: Tensor, weight: Tensor) -> bool:
-    """Whether the grouped product exists for these tensors: bfloat16, rows of whole 16 bytes, compute capability 8."""
+    """Whether the grouped product has a kernel for these tensors: bfloat16, rows of whole 16 bytes, capability 9.
+
+    On older GPUs torch fetches the borders for every product, six times a layer and step, and goes expert by expert.
+    """
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def are_plain(experts: nn.ModuleList) -> bool:

@@ -215,15 +215,20 @@ class Engine:
         context: int | None = None,
         prefill_chunk: int = 512,
         quantize: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """context: tokens of prompt and reply, by default the model's. tokenizer None: results without text."""
+        """context: tokens of prompt and reply, by default the model's. tokenizer None: results without text.
+
+        dtype: of the weights while they decode, by default the model's (a trained model's are float32); on a CPU all
+        sums are float32.
+        """
         if quantize not in (None, "int8"):
             raise UsageError(f"quantize must be 'int8' or None, not {quantize!r}")
         if quantize and model.device.type != "cpu":
             raise UsageError(f"int8 runs on the CPU, not on {model.device.type}: leave it out or choose the CPU")
         self.model, self.quantize = model, quantize
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
-        self.decoder = Decoder(model, quantize)
+        self.decoder = Decoder(model, quantize, dtype)
         config = self.decoder.config
         self.context = min(context or math.inf, config.max_position_embeddings)
         end = config.eos_token_id

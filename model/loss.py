@@ -90,27 +90,45 @@ def add_gradients(grads, part: slice, softmax: Tensor, hidden: Tensor, weight: T
 
 
 def next_token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, attention_mask: Tensor | None, equal_weights: bool = True
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    equal_weights: bool = True,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-log p(labels[:, t] | what came before t), and the number of targets: hidden (B, T, D), weight (V, D) -> (B, T).
 
     This is the one shift of labels. Token t is predicted from the last real token before it in its own document; where
-    there is none (t opens a document), where labels is -100 and on padding the loss is 0.
+    there is none (t opens a document), where labels is -100 and on padding the loss is 0. places: target_places() of
+    the labels, if known.
     """
     targets, source = shifted_targets(labels, attention_mask)
     targets, source = targets.flatten(), source.flatten()
     wanted = targets >= 0
     dtype = compute_dtype(hidden)
     hidden, weight = hidden.flatten(0, 1).to(dtype), weight.to(dtype)
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Only the targets are worth their row of the big matrix product. (On a GPU, counting them would wait for it.)
+    on_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if places is None and on_cpu:  # (on a GPU, counting them would wait for it)
         places = wanted.nonzero()[:, 0]
-        early = equal_weights and torch.is_grad_enabled() and hidden.requires_grad
-        losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places], early)
-        losses = losses.new_zeros(wanted.shape).index_copy(0, places, losses)
+    if places is not None:
+        early = on_cpu and equal_weights and torch.is_grad_enabled() and hidden.requires_grad
+        losses = losses_at(places, hidden, weight, targets, source, early)
     else:
         losses = LinearCrossEntropy.apply(hidden.index_select(0, source), weight, targets.clamp(min=0), False) * wanted
     return losses.view(labels.shape), wanted.sum()
+
+
+@torch.compiler.disable  # the chunks of a number that differs from batch to batch: compiled for each anew
+def losses_at(places: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, source: Tensor, early: bool) -> Tensor:
+    """Losses at the targets alone, which are worth their row of the big matrix product: N of (B T,), 0 elsewhere."""
+    losses = LinearCrossEntropy.apply(hidden.index_select(0, source[places]), weight, targets[places], early)
+    return losses.new_zeros(targets.shape).index_copy(0, places, losses)
+
+
+def target_places(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Where the tokens with a target stand, flat: (B, T) -> (N,). Reads values: best before they are on a GPU."""
+    return (shifted_targets(labels, attention_mask)[0].flatten() >= 0).nonzero()[:, 0]
 
 
 def shifted_targets(labels: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from .attention import (
     takes_documents,
     visible_keys,
 )
-from .functional import Normalise, Rotate, are_plain, can_group, compute_dtype, each_expert, grouped_experts
+from .functional import Rotate, are_plain, can_group, compute_dtype, each_expert, grouped_experts, rms_norm
 from .LMConfig import MiniMindConfig
 from .loss import next_token_losses
 
@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return Normalise.apply(x, self.weight, self.eps, compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: MiniMindConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -198,12 +198,14 @@ class MoEFeedForward(nn.Module):
 
     def route(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts, tokens sorted by expert: x (N, D), weights and chosen (N, k) -> (N, D)."""
-        on_cpu = x.device.type == "cpu"
-        if not on_cpu and not (can_group(x, self.experts[0].gate_proj.weight) and are_plain(self.experts)):
+        on_cpu, on_cuda = x.device.type == "cpu", x.device.type == "cuda"
+        grouped = not on_cpu and can_group(x, self.experts[0].gate_proj.weight) and are_plain(self.experts)
+        # On older GPUs E / k times the work costs more than to fetch the counts, once a layer.
+        if not (grouped or on_cpu or (on_cuda and not torch.compiler.is_compiling())):
             return self.route_all(x, weights, chosen)
         order = chosen.flatten().argsort(stable=True)  # (N k,)
         counts = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(dim=1)  # (E,)
-        run = each_expert if on_cpu else grouped_experts
+        run = grouped_experts if grouped else each_expert
         y = run(self.experts, x.index_select(0, order // chosen.shape[1]), counts)  # (N k, D)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # back in the order of tokens: (N, k, D)
         return (y * weights[..., None]).sum(dim=1)
@@ -310,12 +312,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        bounds: Tensor | None = None,
     ) -> MiniMindModelOutput:
         """input_ids (B, T), attention_mask (B, S), position_ids (B, T) -> last_hidden_state (B, T, D).
 
         attention_mask: 0 for padding, k >= 1 for a token of the k-th document of the row; it covers the cached tokens
         too. Without position_ids, positions count the real tokens of each document. A boolean mask (B, 1, T, S) is used
-        as it is.
+        as it is. bounds: document_bounds() of the mask, if known: they need not be fetched from a GPU then.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -325,7 +328,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = x.shape[1]
 
-        mask = bounds = real = None
+        mask = real = None
+        known_bounds, bounds = bounds, None
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
         elif attention_mask is not None:
@@ -334,7 +338,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             attention_mask = attention_mask.long()
             real = attention_mask[:, -T:] > 0
             if past_key_values is None and takes_documents(x, self.config, self.training):
-                bounds = document_bounds(attention_mask)
+                bounds = document_bounds(attention_mask) if known_bounds is None else known_bounds
             if bounds is None:
                 mask = visible_keys(attention_mask, T)
         elif past and T > 1:
@@ -387,6 +391,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         temperature: float = 1.0,
+        document_bounds: Tensor | None = None,
+        target_places: Tensor | None = None,
         **transformers_keys,
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
@@ -396,20 +402,23 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
         hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
         temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
-        returned are not divided. The other arguments are those of MiniMindModel.
+        returned are not divided. document_bounds and target_places: what the functions of these names give, from
+        before the batch was on a GPU. The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_bounds
+        )
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
         if labels is not None:
             scaled = hidden if temperature == 1 else hidden / temperature
             token_losses, targets = next_token_losses(
-                scaled, self.lm_head.weight, labels, attention_mask, equal_weights
+                scaled, self.lm_head.weight, labels, attention_mask, equal_weights, target_places
             )
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:

@@ -74,10 +74,17 @@ class Sampler:
         likeliest = logprobs.argmax(dim=-1)
         if self.all_greedy:
             return likeliest
-        cumulative = logprobs.exp().double().cumsum(dim=-1)
+        cumulative = running_sums(logprobs.exp().double())
         places = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, places, right=True)[:, 0]  # the first whose sum is above: never p = 0
         return torch.where(self.greedy[:, 0], likeliest, drawn.clamp(max=logprobs.shape[-1] - 1))  # (NaN comes last)
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """The cumulative sums of each row: on the host where CUDA has to be deterministic, which its own are not."""
+    if values.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(dim=-1).to(values.device)
+    return values.cumsum(dim=-1)
 
 
 def keep_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -92,7 +99,7 @@ def keep_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
         best_k = best.masked_fill(~allowed, -math.inf)
         total = torch.where(top_k <= width, best_k.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
         probs = (best_k - total).exp()
-        sums = probs.cumsum(dim=-1)
+        sums = running_sums(probs)
         enough = (top_k <= width) | (sums[:, -1:] >= top_p) | ((top_k == V) & top_p.isinf())
         if width == V or bool(enough.all()):
             break

@@ -16,6 +16,14 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked cuda are skipped, with a line that says so, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here (pytest -m cuda on a machine with one)"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from model.loading import load_tokenizer

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import PretendedCuda
 from small_model import CLOSE, SIZES, make_model, random_ids
 
-from model.attention import document_attention, document_bounds, plain_attention, visible_keys
+from model import attention
+from model.attention import document_attention, document_bounds, plain_attention, takes_documents, visible_keys
 from model.LMConfig import MiniMindConfig
 from model.model_minimind import MiniMindForCausalLM
+from trainer.runtime.steps import INDICES, collate
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +118,10 @@ def test_padding_inside_a_document_has_no_bounds():
     assert document_bounds(torch.tensor([[1, 0, 0, 2], [1] * 4])) is not None
 
 
-def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
-    """What varlen_attn is documented to compute, document by document: (N, H, d) -> (N, H, d)."""
-    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and q.shape == k.shape == v.shape
+def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What varlen_attn is documented to compute, document by document: q (N, H, d), k and v (N, K, d) -> (N, H, d)."""
+    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and k.shape == v.shape
+    assert enable_gqa == (q.shape[1] != k.shape[1])  # no copy of the shared heads
     assert max_q == max_k >= cu_seq_q.diff().max()
     parts = zip(*(x.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for x in (q, k, v)), strict=True)
     return torch.cat([plain_attention(*(x[None] for x in part), None, True, 0.0)[0] for part in parts], 1).transpose(
@@ -155,6 +159,67 @@ def test_training_on_packed_rows_builds_no_mask(monkeypatch):
     assert len(built) == 1
     model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
     assert len(built) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "there"),
+    [({}, True), ({"built": False}, False), ({"capability": (7, 5)}, False), ({"head": 256}, False)],
+    ids=str,
+)
+def test_documents_go_to_the_kernel_of_a_gpu_that_has_it(missing, there, monkeypatch):
+    """A build without the kernel (Windows) can import varlen_attn all the same."""
+    given = {"built": True, "capability": (8, 6), "head": 64} | missing
+    monkeypatch.setattr(attention, "varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: given["built"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
+    config = MiniMindConfig(hidden_size=4 * given["head"], num_attention_heads=4, num_key_value_heads=2)
+    x = torch.zeros(1, 2, config.hidden_size, dtype=torch.bfloat16)
+    with PretendedCuda():
+        assert takes_documents(x, config, training=True) is there
+        assert not takes_documents(x.float(), config, training=True)
+
+
+def test_known_bounds_are_not_computed_again(monkeypatch):
+    model, ids = make_model(), random_ids(2, 12)
+    mask = torch.tensor(MASKS["documents"])
+    bounds, expected = document_bounds(mask), model(ids, attention_mask=mask).logits
+    monkeypatch.setattr("model.model_minimind.document_bounds", lambda mask: pytest.fail("it reads values"))
+    assert torch.equal(model(ids, attention_mask=mask, document_bounds=bounds).logits, expected)
+
+
+def kernel_by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """The same as varlen_on_cpu without a read of a value, so that it can be compiled."""
+    run = torch.bucketize(torch.arange(len(q)), cu_seq_q, right=True)
+    seen = (run[:, None] == run) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    return plain_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), seen, False, 0.0)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_layers_are_compiled_once_for_any_number_of_documents(known, monkeypatch):
+    """As on a GPU: the borders of the documents are an input of the compiled layers, each time of another length."""
+    monkeypatch.setattr("model.model_minimind.takes_documents", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", kernel_by_mask)
+    monkeypatch.setattr(
+        "model.model_minimind.document_attention", lambda *args, by_kernel: document_attention(*args, by_kernel=True)
+    )
+    graphs, counts = [], []
+    torch.compiler.reset()
+    model, ids = make_model().train(), random_ids(1, 12)
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for documents in [3, 9], [2, 4, 6], [1, 2, 3, 6], [12]:
+        mask = torch.repeat_interleave(torch.arange(1, len(documents) + 1), torch.tensor(documents))[None]
+        batch = collate([{"input_ids": ids[0], "labels": ids[0], "attention_mask": mask[0]}])
+        if known:
+            for name in INDICES:
+                torch._dynamo.maybe_mark_dynamic(batch[name], 0)
+        else:
+            del batch["document_bounds"], batch["target_places"]
+        out = compiled(**batch, return_logits=False)
+        expected = make_model()(ids, attention_mask=mask, labels=ids).token_losses
+        torch.testing.assert_close(out.token_losses, expected, **CLOSE)
+        counts.append(len(graphs))
+    assert counts[0] > 0 and set(counts) == {counts[0]}
+    torch.compiler.reset()
 
 
 def test_holes_do_not_advance_positions(model):
@@ -202,6 +267,20 @@ def test_forward_and_backward_never_read_a_value():
         for mask in (None, torch.ones_like(ids)):
             for keys in ({"return_logits": False}, {}):
                 model(ids, attention_mask=mask, labels=ids, **keys).loss.backward()
+
+
+def test_a_gpu_is_never_waited_for():
+    """A packed batch whose indices were found before it was there: forward and backward of a dense model."""
+    model, ids = make_model().train(), random_ids(2, 12)
+    pairs = zip(ids, torch.tensor(MASKS["documents"]), strict=True)
+    rows = [{"input_ids": row, "labels": row, "attention_mask": mask} for row, mask in pairs]
+    batch = collate(rows)
+    expected = model(**batch, return_logits=False).loss
+    with PretendedCuda() as gpu:
+        loss = model(**batch, return_logits=False).loss
+        loss.backward()
+    assert gpu.host_reads == 0
+    torch.testing.assert_close(loss, expected)
 
 
 def test_mask_of_wrong_length_is_refused(model):

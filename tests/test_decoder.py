@@ -102,7 +102,7 @@ def test_steps_in_recorded_shapes(model, monkeypatch):
 
     shapes = []
 
-    def record(run):
+    def record(run, device, pool):
         result = run()
         shapes.append(run.args[3:5])
         return lambda: result.copy_(run()), result

@@ -196,7 +196,7 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def killed(data, tmp_path_factory):
-    """The out folder of a stage 2 run that was killed with its launcher, and what it would have ended with."""
+    """The out folder of a run with the built-in settings, killed with its launcher, and how it would have ended."""
     folder = tmp_path_factory.mktemp("killed")
     launch = Launch(flags_of(data, folder / "out", *SPLIT, "--deepspeed", "--save_interval=3"), folder / "launch.txt")
     launch.kill_at("pretrain 8/")
@@ -307,6 +307,9 @@ def test_two_different_files_are_refused(data, tmp_path):
     args = train_pretrain.parse_args(flags_of(data, tmp_path, "--deepspeed=a.json", "--deepspeed_config=b.json"))
     with pytest.raises(UsageError, match=r"--deepspeed a\.json and --deepspeed_config b\.json"):
         choose_defaults(args, torch.device("cpu"))
+def test_the_built_in_stage_exchanges_gradients_once_a_step():
+    """Stages 2 and 3 do in every micro-batch: they keep no whole gradient."""
+    assert zero_stage(read_settings("default")) == 1
 
 
 def test_auto_and_equal_numbers_are_accepted(data, tmp_path):

@@ -166,6 +166,39 @@ def test_the_probe_leaves_no_trace(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
+V1 = {
+    "memory.limit_in_bytes": 1000,
+    "memory.usage_in_bytes": 900,
+    "memory.stat": "cache 7\ntotal_active_file 60\ntotal_inactive_file 40",
+}
+V2 = {"memory.max": 1000, "memory.current": 900, "memory.stat": "anon 800\nactive_file 60\ninactive_file 40"}
+LIMITS = {
+    "none": ("0::/\n", {}, []),
+    "v2, the top of a container's tree": ("0::/\n", {"": V2}, [200]),
+    "v2, no limit": ("0::/\n", {"": V2 | {"memory.max": "max"}}, []),
+    "v2, on a group above too": ("0::/a/b\n", {"a/b": V2, "a": V2 | {"memory.current": 950}}, [200, 150]),
+    "v2, more used than allowed": ("0::/a\n", {"a": V2 | {"memory.current": 1300}}, [0]),
+    "v1": ("3:cpu:/x\n4:hugetlb,memory:/a\n0::/\n", {"memory/a": V1}, [200]),
+    "v1, named as the host names it": ("4:memory:/docker/123\n", {"memory": V1}, [200]),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_memory_of_a_container(name, tmp_path):
+    groups, tree, expected = LIMITS[name]
+    (tmp_path / "groups").write_text(groups)
+    for folder, files in tree.items():
+        (tmp_path / "tree" / folder).mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (tmp_path / "tree" / folder / file).write_text(f"{content}\n")
+    assert memory.container_memory(tmp_path / "groups", tmp_path / "tree") == expected
+
+
+def test_free_memory_is_no_more_than_the_container_has(monkeypatch):
+    monkeypatch.setattr(memory, "container_memory", lambda: [5 * 2**20, 3 * 2**20])
+    assert memory.free_memory(torch.device("cpu")) == 3 * 2**20
+
+
 def test_free_memory_of_this_machine():
     free = memory.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50

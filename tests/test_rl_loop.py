@@ -21,7 +21,7 @@ COMMON += ["--log_interval=1", "--eval_interval=4", f"--max_steps={STEPS}", "--w
 KINDS = {  # an epoch of 13 prompts has steps of 8 and 5: two ranks get a blank prompt in every second step
     "one process": (1, ["--batch_size=4", "--accumulation_steps=2"]),
     "DDP": (2, ["--batch_size=2", "--accumulation_steps=2"]),
-    "ZeRO 2": (2, ["--batch_size=2", "--accumulation_steps=2", "--deepspeed"]),
+    "ZeRO": (2, ["--batch_size=2", "--accumulation_steps=2", "--deepspeed"]),
 }
 
 SPLITS = KINDS | {  # of the same updates

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,7 @@ class FakeSwanLab:
 
     def init(self, **keys):
         self.inits.append(keys)
+        return SimpleNamespace(id=keys.get("id") or f"experiment{len(self.inits)}")
 
     def log(self, meters, step):
         self.logged.append((step, meters))
@@ -221,6 +223,15 @@ def test_swanlab_gets_the_numbers_of_the_log(variables, mode, fake, data, monkey
     assert init["config"]["batch_size"] == 4 and init["log_dir"] == str(logs / "swanlab")
     assert fake.logged == [(record["step"], record) for record in records] and fake.finished == 1
     assert f"SwanLab: {mode}, project Mine" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_with_its_experiment(fake, data):
+    for flags in (["--max_steps=1"], ["--max_steps=2", "--from_resume=1"], ["--max_steps=3", "--from_resume=1"]):
+        train(data, "--use_wandb", *flags)
+    assert "id" not in fake.inits[0] and "resume" not in fake.inits[0]
+    assert [(init["id"], init["resume"]) for init in fake.inits[1:]] == [("experiment1", "allow")] * 2
+    train(data, "--use_wandb", "--max_steps=1")  # anew: another experiment
+    assert "id" not in fake.inits[3]
 
 
 def test_without_the_flag_swanlab_is_left_alone(fake, data):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 from small_engine import make_model, make_prompts, plain_distribution
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -117,6 +118,20 @@ def test_distributions_are_those_of_transformers(wanted, warpers):
         torch.testing.assert_close(logprobs[row], scores[0].log_softmax(-1), atol=1e-5, rtol=1e-5)
     for row in (1, 2):  # the neighbours keep all tokens
         torch.testing.assert_close(logprobs[row], logits[row].log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_deterministic_run_draws_on_a_gpu(monkeypatch):
+    """CUDA has no deterministic cumsum of floats and would raise; the numbers drawn are the same."""
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(3, 50) * 2, [0.1, 0.5, 0.9]
+    sampler = Sampler([Request([1], top_p=0.8, top_k=20)] * 3, 50, torch.device("cpu"))
+    expected = sampler.draw(sampler.logprobs(logits), uniforms)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with PretendedCuda():
+        with pytest.raises(RuntimeError, match="deterministic"):
+            logits.cumsum(-1)  # the pretence holds
+        drawn = sampler.draw(sampler.logprobs(logits), uniforms)
+    assert drawn.tolist() == expected.tolist()
 
 
 def test_repetition_penalty_is_that_of_transformers():

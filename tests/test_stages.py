@@ -119,7 +119,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(resumed):
 
 @pytest.fixture(scope="module", params=STAGES)
 def split(request, home, tmp_path_factory):
-    """(stage, folder): the same steps as 1 process x 8 rows, 2 x 4, 1 x 4 x 2, and 2 x 4 through ZeRO stage 2."""
+    """(stage, folder): the same steps as 1 process x 8 rows, 2 x 4, 1 x 4 x 2, and 2 x 4 through ZeRO."""
     stage, folder = request.param, tmp_path_factory.mktemp("split")
     runs = {
         "1 x 8": train(home, stage, folder / "1 x 8", "--batch_size=8"),

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -195,12 +195,15 @@ def link_weights(source: Path, folder: Path) -> None:
     for path in [*source.glob("*.pth"), *source.glob("*.json")]:
         link = folder / path.name
         link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:  # Windows allows few users to
+            shutil.copyfile(path, link)
 
 
 def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> float | None:
     """Run a training command to its end -> seconds a step; or kill it `delay` seconds after a step's line -> None."""
-    told = []  # when each progress line came
+    told, killed = [], False  # when each progress line came
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     for line in process.stdout:
         if progress := re.match(r"\S+ (\d+)/\d+  ", line):
@@ -208,9 +211,10 @@ def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> 
             if last_step is not None and int(progress[1]) >= last_step:
                 time.sleep(delay)
                 process.kill()
+                killed = True
                 break
     _, errors = process.communicate()
-    if process.returncode == -signal.SIGKILL:
+    if killed and process.returncode:  # -9, or on Windows 1; 0: it had ended before
         return None
     if process.returncode:
         raise InputError(f"a run of the test failed: {errors.strip().splitlines()[-1] if errors.strip() else command}")
@@ -220,8 +224,7 @@ def run_until(command: list[str], last_step: int | None, delay: float = 0.0) -> 
 def read_whole(out_dir: Path) -> dict[str, Any]:
     """Weights and checkpoint of the one run in out_dir, in memory."""
     (checkpoint,) = (out_dir / "checkpoints").glob("*_resume.pth")
-    written = (path for path in out_dir.rglob("*.pth") if not path.is_symlink())
-    (weights,) = (path for path in written if path != checkpoint)  # those of an adapter are in lora/
+    (weights,) = out_dir.rglob(checkpoint.name.replace("_resume.pth", ".pth"))  # those of an adapter are in lora/
     content = torch.load(checkpoint, weights_only=True)
     del content["place"]["elapsed_s"]
     return {"weights in half precision": torch.load(weights, weights_only=True), **content}

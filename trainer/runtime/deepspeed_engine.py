@@ -1,7 +1,7 @@
 """DeepSpeed behind the calls of trainer/runtime/engine.py: ZeRO cuts the optimizer's state (stage 1), the gradients too
 (stage 2) or the weights as well (stage 3) into pieces, one for each rank.
 
-    --deepspeed             the built-in settings below: ZeRO stage 2
+    --deepspeed             the built-in settings below: ZeRO stage 1, which exchanges gradients once a step
     --deepspeed my.json     a JSON file of DeepSpeed's; batch sizes, clipping and precision in it are "auto" or agree
                             with the flags; optimizer and schedule are this project's
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from model.errors import InputError, UsageError
 from trainer.runtime.distributed import rank, world_size
 
-DEFAULT = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}}
+DEFAULT = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}}
 OURS = {  # sections of a user's file that this project has its own for
     "optimizer": "--optimizer",
     "scheduler": "--learning_rate and --warmup_ratio",

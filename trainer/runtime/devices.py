@@ -1,7 +1,6 @@
 """Which device and which precision a script computes on."""
 
 import ctypes
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def pick_device(name: str) -> torch.device:
     """ "auto": CUDA, else Apple's MPS, else the CPU; several processes on a machine take one GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda":  # by its number, without which torch.distributed and DeepSpeed take no device
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)

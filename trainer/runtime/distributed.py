@@ -3,9 +3,11 @@
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ import torch.distributed as dist
 
 from model.errors import UsageError
 
-PATIENCE = timedelta(hours=2)  # tokenising a large file on one process, while the others wait
+PATIENCE = timedelta(minutes=10)  # with a process that says nothing more, its machine having dropped off
+TOKENISING = timedelta(hours=2)  # of a large file by one process, while the others wait
 
 
 def rank() -> int:
@@ -75,12 +78,19 @@ def start_processes(device: torch.device, *, always: bool = False) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if device.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
         raise UsageError("several processes cannot share Apple's GPU: start one, or add --device cpu")
-    on_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo", timeout=PATIENCE, device_id=device if on_cuda else None
-    )  # fmt: skip
+    backend = pick_backend(device)
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if backend == "nccl" else None)
     if rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - for the rest of the process
+
+
+def pick_backend(device: torch.device) -> str:
+    """What the processes exchange tensors by: NCCL between GPUs, gloo elsewhere.
+
+    Builds for Windows have no NCCL, and it refuses a GPU that two processes share.
+    """
+    own_gpu = device.type == "cuda" and local_world_size() <= torch.cuda.device_count()
+    return "nccl" if own_gpu and dist.is_nccl_available() else "gloo"
 
 
 def free_port() -> int:
@@ -115,12 +125,30 @@ def gather(value: Any) -> list[Any]:
 @contextmanager
 def local_main_first() -> Iterator[None]:
     """The first process of each machine runs the body before the others do: it tokenises, they find the cache."""
-    waits = local_rank() != 0
-    if world_size() > 1 and waits:
-        dist.barrier()
+    if world_size() == 1:
+        yield
+        return
+    patient, waits = dist.new_group(timeout=TOKENISING, backend="gloo"), local_rank() != 0
+    if waits:
+        dist.barrier(patient)
     yield
-    if world_size() > 1 and not waits:
-        dist.barrier()
+    if not waits:
+        dist.barrier(patient)
+
+
+def is_restart_of_writer(path: Path) -> bool:
+    """Whether torchrun has started this process in place of one that failed (--max_restarts) and had written the file.
+
+    Only a file that is younger than the launcher is of this launch; where nobody can tell, it is taken to be.
+    """
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    try:
+        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])  # ticks from boot
+    except OSError:  # not on Linux
+        return True
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    return path.stat().st_mtime > time.time() - age
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,18 +126,24 @@ def add_machine_flags(group) -> None:
         help="of the matrix products (default: auto, bfloat16 where it is faster)",
     )
     group.add_argument(
-        "--num_workers", type=number(int, 0), help="processes that prepare batches (default: 1 with CUDA, else 0)"
+        "--num_workers",
+        type=number(int, 0),
+        help="processes that prepare batches (default: 1 with CUDA on Linux, else 0)",
     )
     group.add_argument(
         "--use_compile",
         choices=["0", "1", "auto"],
         default="auto",
-        help="torch.compile (default: auto, on CUDA for long runs)",
+        help="torch.compile (default: auto, on CUDA where what is left is worth its time)",
     )
     group.add_argument("--deterministic", **SWITCH, default=False, help="bit-equal repeats on CUDA too, slower")
     group.add_argument(
         "--deepspeed", nargs="?", const="default", metavar="CONFIG",
-        help="train through DeepSpeed with this JSON, or bare with ZeRO stage 2; start with `deepspeed --num_gpus N`",
+        help="train through DeepSpeed with this JSON, or bare with ZeRO stage 1; start with `deepspeed --num_gpus N`",
+    )  # fmt: skip
+    group.add_argument(
+        "--exchange_dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the gradients that cross between processes: bfloat16 is half as much for a slow network",
     )  # fmt: skip
     group.add_argument("--deepspeed_config", metavar="CONFIG", help=argparse.SUPPRESS)  # DeepSpeed's own way to name it
     # The deepspeed launcher passes the one, torch.distributed.launch the other.
@@ -197,12 +204,15 @@ def choose_defaults(args: argparse.Namespace, device: torch.device) -> None:
         args.accumulation_steps = 2 if on_cpu and args.batch_size is None else 1
     args.batch_size = args.batch_size or (4 if on_cpu else 32)
     if args.num_workers is None:
-        args.num_workers = int(device.type == "cuda")
+        forked = multiprocessing.get_start_method() == "fork"  # a process that is spawned imports torch anew, each time
+        args.num_workers = int(device.type == "cuda" and forked)
     rates = args.default_learning_rates
     if args.deepspeed and args.optimizer == "muon":
         raise UsageError(
             "--optimizer muon needs whole matrices, which ZeRO cuts up: use --optimizer adamw with --deepspeed"
         )
+    if args.deepspeed and args.exchange_dtype != "float32":
+        raise UsageError("--exchange_dtype is not DeepSpeed's: write communication_data_type into the --deepspeed JSON")
     args.optimizer = args.optimizer or ("adamw" if args.deepspeed else next(iter(rates)))
     if args.learning_rate is None:  # 0 counts as given
         args.learning_rate = rates[args.optimizer]

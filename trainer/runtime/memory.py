@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,9 +69,38 @@ def free_memory(device: torch.device) -> int | None:
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, *container_memory())
     except (OSError, KeyError):
         return None
+
+
+CGROUPS = {  # by version: where its tree is; the files of a limit, of what is used, and of files' share in that
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("", "memory.max", "memory.current", ""),
+}
+
+
+def container_memory(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left within each memory limit that Linux sets a group of processes, as containers are: often none.
+
+    What the group holds of files counts as free, as it does in MemAvailable.
+    """
+    left = []
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, limit, used, prefix = CGROUPS[1 if controllers else 2]
+        group = tree / folder / place.strip("/")  # perhaps in the host's words: the container's own is then the top
+        while group.is_relative_to(tree / folder):
+            try:
+                files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cached = int(files[f"{prefix}active_file"]) + int(files[f"{prefix}inactive_file"])
+                left.append(max(int((group / limit).read_text()) - int((group / used).read_text()) + cached, 0))
+            except (OSError, KeyError, ValueError):  # no such group, or "max": no limit
+                pass
+            group = group.parent
+    return left
 
 
 def check_memory(model: nn.Module, run, whole_logits: int = 0) -> None:

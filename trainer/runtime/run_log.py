@@ -94,8 +94,12 @@ class RunLog:
         mode = os.environ.get("SWANLAB_MODE") or ("online" if swanlab.Settings().api_key else "offline")
         folder = self.folder / "swanlab"
         folder.mkdir(parents=True, exist_ok=True)
+        noted = folder / f"{name}.id"  # of the experiment, for a resumed run to go on with
+        known = noted.read_text(encoding="utf-8") if self.first_step and noted.exists() else None
+        again = {"id": known, "resume": "allow"} if known else {}
         self.tracker = swanlab
-        swanlab.init(project=project, name=name, config=config, mode=mode, log_dir=str(folder))
+        run = swanlab.init(project=project, name=name, config=config, mode=mode, log_dir=str(folder), **again)
+        noted.write_text(run.id, encoding="utf-8")
         print(f"SwanLab: {mode}, project {project}" + ("" if mode == "online" else f", in {folder}"))
 
     def close(self) -> None:

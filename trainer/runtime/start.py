@@ -28,8 +28,14 @@ from model.loading import (
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint, verify_resume
 from trainer.runtime.devices import pick_device, pick_dtype
-from trainer.runtime.distributed import is_lost_peer, launched_rank, local_main_first, stop_processes
-from trainer.runtime.engine import Engine
+from trainer.runtime.distributed import (
+    is_lost_peer,
+    is_restart_of_writer,
+    launched_rank,
+    local_main_first,
+    stop_processes,
+)
+from trainer.runtime.engine import Engine, wants_compile
 from trainer.runtime.flags import ROOT
 from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
@@ -71,9 +77,8 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
     """
     longest, path, recorded = longest or args.max_seq_len, None, None
     sizes = given_sizes(args)
-    resumed = args.from_resume and find_checkpoint(
-        args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none"
-    )
+    found = find_checkpoint(args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none")
+    resumed = found if found and (args.from_resume or is_restart_of_writer(found)) else None
     if args.from_resume and not resumed:
         print(f"no checkpoint of {run.stage} to resume in {args.out_dir / 'checkpoints'}: starting anew")
     if resumed:
@@ -140,12 +145,6 @@ def make_engine(model: nn.Module, run: Run, learning_rate: float | None = None) 
 
         return DeepSpeedEngine(model, optimizer, run)
     return Engine(model, optimizer, run, compiled=wants_compile(run))
-
-
-def wants_compile(run: Run) -> bool:
-    """torch.compile where it pays: on CUDA, and where its minute of compiling is won back."""
-    wanted, steps = run.args.use_compile, run.total_steps - run.step
-    return wanted == "1" or (wanted == "auto" and run.device.type == "cuda" and steps >= 500)
 
 
 # ------------------------------------------------------------------------------------------------------------ the data

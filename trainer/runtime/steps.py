@@ -19,15 +19,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, dataloader
+from torch.utils.data import DataLoader, dataloader, default_collate
 
 from dataset.lm_dataset import BLANK
+from model.attention import document_bounds
 from model.errors import InputError
+from model.loss import target_places
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import DECAY_RATIO
 
 ESTIMATE_AFTER = 3  # steps of this run; the first ones are slower
-MODEL_INPUTS = ("input_ids", "labels", "attention_mask")
+INDICES = ("document_bounds", "target_places")  # into the whole batch
+MODEL_INPUTS = ("input_ids", "labels", "attention_mask", *INDICES)
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,7 +52,9 @@ class MicroBatch(NamedTuple):
     def take(self, samples: np.ndarray, targets: float) -> "MicroBatch":
         """Some of the samples, by their places in this batch."""
         index = torch.from_numpy(samples).to(next(iter(self.inputs.values())).device)
-        inputs, extra = ({name: x[index] for name, x in part.items()} for part in (self.inputs, self.extra))
+        inputs, extra = (
+            {name: x[index] for name, x in part.items() if name not in INDICES} for part in (self.inputs, self.extra)
+        )
         rows = [self.rows[i] for i in samples if self.rows[i] != BLANK]
         return MicroBatch(rows, inputs, extra, 0, targets)
 
@@ -147,12 +152,15 @@ def micro_batches(dataset, run, rows: list[list[int]]) -> Iterator[MicroBatch]:
     loader = DataLoader(
         dataset, batch_sampler=rows, num_workers=run.args.num_workers, pin_memory=run.device.type == "cuda",
         generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
-        worker_init_fn=leave_group,
+        worker_init_fn=leave_group, collate_fn=collate,
     )  # fmt: skip
     try:
         for numbers, batch in zip(rows, loader, strict=True):
             tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
             tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+            for name in INDICES:  # of another length in each batch, for which nothing should be compiled anew
+                if name in tensors:
+                    torch._dynamo.maybe_mark_dynamic(tensors[name], 0)
             inputs = {key: tensors.pop(key) for key in MODEL_INPUTS if key in tensors}
             yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
     except (OSError, RuntimeError) as error:
@@ -172,6 +180,15 @@ def lacks_shared_memory(error: Exception) -> bool:
     return (refused and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES)) or any(
         word in str(error) for word in told
     )
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows as one batch, with the indices that a model would else have to fetch from its device."""
+    batch = default_collate(rows)
+    if "labels" in batch:
+        indices = document_bounds(batch["attention_mask"]), target_places(batch["labels"], batch["attention_mask"])
+        batch |= {name: index for name, index in zip(INDICES, indices, strict=True) if index is not None}
+    return batch
 
 
 def leave_group(worker: int) -> None:

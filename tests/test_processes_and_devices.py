@@ -1,0 +1,223 @@
+"""Which device, which backend, how long to wait, whether to compile; no GPU and no second process is needed here."""
+
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_runs import STAGES, TINY, new_run, train, write_data
+
+from model.errors import UsageError
+from trainer import train_pretrain
+from trainer.runtime import devices, distributed, engine
+from trainer.runtime.distributed import local_main_first, pick_backend, start_processes
+from trainer.runtime.engine import COMPILE_TOKENS, Engine, wants_compile
+from trainer.runtime.flags import choose_defaults
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(("variables", "index"), [({}, 0), ({"LOCAL_RANK": "3"}, 3)])
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_has_a_number_with_a_launcher_and_without(name, variables, index, monkeypatch):
+    """DeepSpeed and init_process_group take no "cuda" alone."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    assert devices.pick_device(name) == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "processes", "nccl", "expected"),
+    [
+        ("cuda:0", 2, 2, True, "nccl"),
+        ("cuda:0", 1, 2, True, "gloo"),  # two share it
+        ("cuda:0", 1, 1, False, "gloo"),  # a build for Windows
+        ("cpu", 0, 2, True, "gloo"),
+    ],
+)
+def test_what_gradients_travel_by(device, gpus, processes, nccl, expected, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    assert pick_backend(torch.device(device)) == expected
+    started = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **keys: started.append((backend, keys)))
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    start_processes(torch.device(device))
+    ((backend, keys),) = started
+    assert backend == expected and keys["device_id"] == (CUDA if expected == "nccl" else None)
+    assert keys["timeout"] == timedelta(minutes=10)  # a machine that drops off does not hold the others for long
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_patience_is_for_tokenising_alone(local, monkeypatch):
+    said = []
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **keys: keys)
+    monkeypatch.setattr(dist, "barrier", said.append)
+    with local_main_first():
+        said.append("body")
+    assert said.index("body") == local and len(said) == 2
+    said.remove("body")
+    assert said == [{"timeout": timedelta(hours=2), "backend": "gloo"}]
+
+
+@pytest.mark.parametrize(("device", "way", "expected"), [("cuda", "fork", 1), ("cuda", "spawn", 0), ("cpu", "fork", 0)])
+def test_a_loader_has_a_process_where_one_starts_at_once(device, way, expected, monkeypatch):
+    """Spawned, it imports torch anew for every epoch and evaluation."""
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: way)
+    args = train_pretrain.parse_args([])
+    choose_defaults(args, torch.device(device))
+    assert args.num_workers == expected
+
+
+# ------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def compile_run(wanted="auto", device=CUDA, steps=2001, **keys):
+    args = {"use_compile": wanted, "batch_size": 32, "accumulation_steps": 1, "max_seq_len": 512} | keys
+    return SimpleNamespace(args=SimpleNamespace(**args), device=device, step=1, total_steps=steps)
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The programs and packages that this machine is said to have."""
+    there = {"triton", "gcc", "g++"}
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    for name in "CC", "CXX":
+        monkeypatch.delenv(name, raising=False)
+    return there
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (compile_run(), True),
+        (compile_run(steps=1901), False),
+        (compile_run(steps=501, accumulation_steps=4), True),  # work is counted, not steps
+        (compile_run(steps=9001, batch_size=2, max_seq_len=64), False),
+        (compile_run("0"), False),
+        (compile_run("1", steps=3), True),
+        (compile_run(device=torch.device("cpu"), steps=10**6), False),
+    ],
+)
+def test_what_is_worth_compiling(run, expected, tools):
+    assert 1900 * 32 * 512 < COMPILE_TOKENS <= 2000 * 32 * 512
+    assert wants_compile(run) is expected
+
+
+@pytest.mark.parametrize(("without", "named"), [("triton", "Triton"), ("gcc", "a C compiler")])
+def test_what_cannot_be_compiled_is_not(without, named, tools, capsys, monkeypatch):
+    tools.remove(without)
+    assert not wants_compile(compile_run())
+    assert named in capsys.readouterr().out
+    with pytest.raises(UsageError, match=named):
+        wants_compile(compile_run("1"))
+    if without == "gcc":
+        tools.add("mycc")
+        monkeypatch.setenv("CC", "mycc")
+        assert wants_compile(compile_run())
+
+
+def test_compiling_for_a_cpu_asks_for_a_c_plus_plus_compiler(tools):
+    assert wants_compile(compile_run("1", torch.device("cpu")))
+    tools.remove("g++")
+    with pytest.raises(UsageError, match=r"C\+\+"):
+        wants_compile(compile_run("1", torch.device("cpu")))
+
+
+# ----------------------------------------------------------------------------------------------------- other precisions
+
+
+def scaled_engine(tmp_path, dtype):
+    run = new_run(tmp_path)
+    run.dtype = dtype
+    model = torch.nn.Linear(2, 2)
+    return Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), run)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("after", [torch.float32, torch.float16])
+def test_a_run_goes_on_in_another_precision(before, after, tmp_path):
+    """float16 keeps a scale of its losses, the others none."""
+    first, second = scaled_engine(tmp_path, before), scaled_engine(tmp_path, after)
+    if before == torch.float16:
+        first.backward(first.model(torch.ones(1, 2)).sum())
+        first.scaler.update(new_scale=32.0)
+    second.load_state(first.state())
+    expected = 1.0 if after == torch.float32 else 32.0 if before == torch.float16 else 65536.0
+    assert second.scaler.get_scale() == expected
+    assert torch.equal(first.model.weight, second.model.weight)
+
+
+def test_gradients_may_cross_in_bfloat16(tmp_path, monkeypatch):
+    """On one process: the mean over the ranks is the gradient rounded to bfloat16."""
+    run = new_run(tmp_path, "--exchange_dtype=bfloat16")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for exchange in "float32", "bfloat16":
+            run.args.exchange_dtype = exchange
+            torch.manual_seed(0)
+            model = torch.nn.Linear(3, 2)
+            net = engine.replicate(model, run)
+            net(input=torch.tensor([[1.0, 2.001, 3.0]])).square().sum().backward()
+            grads.append(model.weight.grad.clone())
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(grads[1], grads[0].bfloat16().float()) and not torch.equal(grads[0], grads[1])
+
+
+def test_deepspeed_has_its_own_word_for_the_exchange(tmp_path):
+    args = train_pretrain.parse_args([*TINY, "--deepspeed", "--exchange_dtype=bfloat16"])
+    with pytest.raises(UsageError, match="communication_data_type"):
+        choose_defaults(args, torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------------------------- torchrun's restarts
+
+
+@contextmanager
+def environment(monkeypatch, **variables):
+    with monkeypatch.context() as context:
+        for name, value in variables.items():
+            context.setenv(name, value)
+        yield
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda script: script.__name__)
+def test_a_restarted_process_goes_on(script, data, tmp_path, monkeypatch, capsys):
+    """torchrun --max_restarts: with the checkpoint that its launch has written, not with an earlier run's."""
+    path = data / ("texts.jsonl" if script is train_pretrain else "chats.jsonl")
+    train(script, tmp_path, path, "--max_steps=2", "--save_interval=1")
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    with environment(monkeypatch, TORCHELASTIC_RESTART_COUNT="1"):
+        capsys.readouterr()
+        log = train(script, tmp_path, path, "--max_steps=3").log
+        assert "resumed after step 2" in capsys.readouterr().out and [line["step"] for line in log] == [1, 2, 3]
+        os.utime(checkpoint, (time.time(), time.time() - 10 * 365 * 86400))  # before anything here was started
+        log = train(script, tmp_path, path, "--max_steps=1").log
+        assert "resumed" not in capsys.readouterr().out and [line["step"] for line in log] == [1]
+    with environment(monkeypatch, TORCHELASTIC_RESTART_COUNT="0"):
+        train(script, tmp_path, path, "--max_steps=2")
+        assert "resumed" not in capsys.readouterr().out
