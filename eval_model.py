@@ -21,15 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.chat import encode_prompt
-from dataset.lm_dataset import file_hash
 from model.errors import InputError, UsageError, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer
-from model.model_lora import find_lora, merge_lora
+from model.model_lora import base_note, find_lora, merge_lora
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
-from trainer.runtime.start import given_sizes
+from trainer.runtime.start import given_sizes, weights_file_hash
 
 STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
 ANSWER = 256  # tokens of an answer at most, where nobody says
@@ -154,9 +153,7 @@ def main(args: argparse.Namespace) -> None:
 def merge_adapter(model: torch.nn.Module, base: Path, args: argparse.Namespace) -> str:
     """Add the adapter that --lora_name means to the model's weights -> " + its file", and whether others are below."""
     path = find_lora(args.out_dir, args.lora_name, model.config)
-    trained_on = merge_lora(model, path).get("base")
-    other = trained_on and base.is_file() and file_hash(base) != trained_on["hash"]
-    return f" + {path}" + (f" (note: trained on other weights, {trained_on['name']})" if other else "")
+    return f" + {path}{base_note(merge_lora(model, path), base, weights_file_hash(base))}"
 
 
 def ask_for_typing() -> bool:
