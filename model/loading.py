@@ -4,6 +4,7 @@ A .pth is a state dict in half precision, nothing else. The JSON beside it holds
 from, so that nobody repeats sizes on a command line; what a caller asks for all the same must agree with it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError, UsageError
+from .foreign import as_minimind
 from .LMConfig import CONFIG_FIELDS, MiniMindConfig
 from .model_minimind import MiniMindForCausalLM
 
@@ -350,7 +352,10 @@ def check_state(path: Path, state: dict[str, Tensor], model: PreTrainedModel) ->
 def load_folder(
     path: Path, wanted: dict[str, Any], dtype: torch.dtype, kind: type[PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers folder: MiniMind's own class, or one that transformers brings (Llama ...); no foreign code."""
+    """A transformers folder: MiniMind's own class, or one that transformers brings; no foreign code.
+
+    What MiniMind computes itself (Llama, GraniteMoeShared) becomes its own class, which all scripts can read.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is no transformers folder: it has no config.json")
     try:
@@ -380,12 +385,20 @@ def load_folder(
             raise InputError(
                 f"{path} has {problem.replace('_', ' ')} such as {example}: it does not fit its config.json"
             )
+    if not own:
+        with contextlib.suppress(UsageError):  # MiniMind computes otherwise: it stays what it is
+            model = as_minimind(model, **{name: wanted[name] for name in wanted.keys() & FREE_FIELDS})
     length = getattr(config, "original_max_position_embeddings", None)
     return model, {"path": str(path), "trained_length": length, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def stretch_foreign(config: Any) -> None:
-    """Turn YaRN on, with MiniMind's numbers, in a config of another class."""
+    """Turn YaRN on, with MiniMind's numbers, in a config of another class that is not stretched yet."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind == "yarn":
+        return
+    if kind != "default":
+        raise UsageError(f"YaRN does not go with rope_type {kind} of this {config.model_type}: leave it out")
     trained = getattr(config, "original_max_position_embeddings", None)
     own = MiniMindConfig(
         inference_rope_scaling=True, **({"original_max_position_embeddings": trained} if trained else {})
