@@ -310,6 +310,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool = False,
     ) -> MiniMindModelOutput:
         """input_ids (B, T), attention_mask (B, S), position_ids (B, T) -> last_hidden_state (B, T, D).
 
@@ -347,15 +348,18 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         rotary = rotary_tables(self.config, position_ids, compute_dtype(x))
         x = self.dropout(x)
-        aux_losses, loads = [], []
+        aux_losses, loads, states = [], [], []
         for layer in self.layers:
+            states += [x] if output_hidden_states else []
             x, aux_loss, load = layer(x, rotary, mask=mask, bounds=bounds, real=real, past_key_values=past_key_values)
             aux_losses.append(aux_loss)
             loads.append(load)
+        x = self.norm(x)
         moe = self.config.use_moe
         return MiniMindModelOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=x,
             past_key_values=past_key_values,
+            hidden_states=(*states, x) if output_hidden_states else None,
             aux_loss=torch.stack(aux_losses).sum() if moe else None,
             expert_load=torch.stack(loads) if moe else None,
         )
@@ -387,6 +391,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         temperature: float = 1.0,
+        output_hidden_states: bool | None = None,
         **transformers_keys,
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
@@ -396,14 +401,19 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
         hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
         temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
-        returned are not divided. The other arguments are those of MiniMindModel.
+        returned are not divided. output_hidden_states: what each layer was given and what the head is given, layers + 1
+        of (B, T, D). The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
         if labels is not None:
@@ -419,6 +429,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
             token_losses=token_losses,
             aux_loss=out.aux_loss,
             expert_load=out.expert_load,
@@ -428,8 +439,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 def refuse_unknown(keys: dict) -> None:
     """Accept what transformers passes along without meaning, raise TypeError for all else."""
-    harmless = {"cache_position"}  # says what attention_mask and the cache say already
+    # The first says what attention_mask and the cache say already; generate() passes the others, which are for itself.
+    harmless = {"cache_position", "tokenizer", "assistant_tokenizer"}
     for name, value in keys.items():
-        if name in harmless or (name in ("output_attentions", "output_hidden_states") and not value):
+        if name in harmless or (name == "output_attentions" and not value):
             continue
         raise TypeError(f"MiniMindForCausalLM.forward() does not take {name}={value!r}")
