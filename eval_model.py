@@ -3,7 +3,7 @@
 python eval_model.py --model_mode 1                     asks which on a terminal, runs the automatic test elsewhere
 python eval_model.py --model_mode 1 --prompt "..."      answers and exits
 python eval_model.py --model_mode 0                     the pretrained model continues texts
-python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class or Llama)
+python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class, Llama, Granite)
 python eval_model.py --lora_name lora_identity          with an adapter of trainer/train_lora.py, merged in
 
 Modes: 0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 ppo_actor, 5 grpo, 6 spo, 7 distill.

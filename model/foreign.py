@@ -41,12 +41,12 @@ def own_config(config: PretrainedConfig) -> MiniMindConfig:
     if config.model_type not in ("llama", "granitemoeshared"):
         raise UsageError(only_these(config))
     granite = config.model_type == "granitemoeshared"
-    rope = dict(config.rope_parameters)
+    rope, head_dim = dict(config.rope_parameters), config.hidden_size // config.num_attention_heads
     theta, yarn = rope.pop("rope_theta"), rope["rope_type"] == "yarn"
     for other, what in (
         (rope["rope_type"] not in ("default", "yarn"), f"rope_type {rope['rope_type']}"),
         (config.attention_bias or getattr(config, "mlp_bias", False), "biases"),
-        (getattr(config, "head_dim", 0) not in (0, config.hidden_size // config.num_attention_heads), "head_dim"),
+        ((getattr(config, "head_dim", None) or head_dim) != head_dim, "head_dim"),
         (granite and not is_unscaled(config), "scales, or shared experts of another size"),
     ):
         if other:
