@@ -3,7 +3,7 @@
 python eval_model.py --model_mode 1                     asks which on a terminal, runs the automatic test elsewhere
 python eval_model.py --model_mode 1 --prompt "..."      answers and exits
 python eval_model.py --model_mode 0                     the pretrained model continues texts
-python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class or Llama)
+python eval_model.py --load 1 --weight MiniMind2        a transformers folder (MiniMind's class, Llama, Granite)
 python eval_model.py --lora_name lora_identity          with an adapter of trainer/train_lora.py, merged in
 
 Modes: 0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 ppo_actor, 5 grpo, 6 spo, 7 distill.
@@ -21,15 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.chat import encode_prompt
-from dataset.lm_dataset import file_hash
 from model.errors import InputError, UsageError, check_text, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, open_tokenizer
-from model.model_lora import find_lora, merge_lora
+from model.model_lora import base_note, find_lora, merge_lora
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
-from trainer.runtime.start import given_sizes
+from trainer.runtime.start import given_sizes, weights_file_hash
 
 STAGES = dict(enumerate(("pretrain", "full_sft", "rlhf", "reason", "ppo_actor", "grpo", "spo", "distill")))
 ANSWER = 256  # tokens of an answer at most, where nobody says
@@ -155,9 +154,7 @@ def merge_adapter(model: torch.nn.Module, base: Path, tokenizer, args: argparse.
     path = find_lora(args.out_dir, args.lora_name, model.config)
     info = merge_lora(model, path)
     check_vocab(tokenizer, model.config, path, info.get("vocabulary"))
-    trained_on = info.get("base")
-    other = trained_on and base.is_file() and file_hash(base) != trained_on["hash"]
-    return f" + {path}" + (f" (note: trained on other weights, {trained_on['name']})" if other else "")
+    return f" + {path}{base_note(info, base, weights_file_hash(base))}"
 
 
 def ask_for_typing() -> bool:

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import causal_keys
-from .errors import UsageError
-from .LMConfig import MiniMindConfig
+from .foreign import as_minimind, own_config
 from .model_minimind import MoEFeedForward, rotary_frequencies
 
 Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
@@ -118,25 +117,6 @@ def tensors_of(part) -> Iterator[Tensor]:
         yield from tensors_of(list(vars(part).values()))
 
 
-def own_config(config: PretrainedConfig) -> MiniMindConfig:
-    """The config in MiniMind's words; a Llama without biases is a dense MiniMind, down to the names of its weights."""
-    if isinstance(config, MiniMindConfig):
-        return config
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    theta, kind = rope.pop("rope_theta", None), rope.get("rope_type")
-    same = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
-    if (
-        not same
-        or kind not in ("default", "yarn")
-        or config.head_dim * config.num_attention_heads != config.hidden_size
-    ):
-        raise UsageError(f"the engine runs MiniMind's own class and plain Llamas, not this {config.model_type} model")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("vocab_size", "rms_norm_eps", "max_position_embeddings", "hidden_act", "eos_token_id")
-    yarn = {"inference_rope_scaling": True, "rope_scaling": rope} if kind == "yarn" else {}
-    return MiniMindConfig(**{name: getattr(config, name) for name in names}, rope_theta=theta, **yarn)
-
-
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below the number."""
     return 1 << (number - 1).bit_length()
@@ -180,7 +160,8 @@ class Decoder:
 
     @torch.inference_mode()
     def load(self, model: PreTrainedModel, quantize: str | None) -> None:
-        """Take the weights of the model as they are now."""
+        """Take the weights of the model as they are now, those of a Llama or a Granite too."""
+        model = as_minimind(model)
         embedding = model.model.embed_tokens.weight.detach().to(self.dtype, copy=self.graphed)
         layers = [Layer(block, quantize, self.dtype) for block in model.model.layers]
         norm = model.model.norm.weight.detach().to(self.dtype, copy=True)

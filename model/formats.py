@@ -1,5 +1,6 @@
 """What the files of weights hold: the state dict of a .pth file, and a transformers folder."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .errors import InputError
+from .errors import InputError, UsageError
+from .foreign import as_minimind
 from .LMConfig import CONFIG_FIELDS, MiniMindConfig
 from .model_minimind import MiniMindForCausalLM
 
@@ -151,7 +153,10 @@ def check_state(path: Path, state: dict[str, Tensor], model: PreTrainedModel) ->
 def load_folder(
     path: Path, wanted: dict[str, Any], dtype: torch.dtype, kind: type[PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers folder: MiniMind's own class, or one that transformers brings (Llama ...); no foreign code."""
+    """A transformers folder: MiniMind's own class, or one that transformers brings; no foreign code.
+
+    What MiniMind computes itself (Llama, GraniteMoeShared) becomes its own class, which all scripts can read.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is no transformers folder: it has no config.json")
     try:
@@ -184,6 +189,9 @@ def load_folder(
             )
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = config.eos_token_id
+    if not own:
+        with contextlib.suppress(UsageError):  # MiniMind computes otherwise: it stays what it is
+            model = as_minimind(model, **{name: wanted[name] for name in wanted.keys() & FREE_FIELDS})
     length = getattr(config, "original_max_position_embeddings", None)
     return model, {"path": str(path), "trained_length": length, "dtype": str(dtype).removeprefix("torch.")}
 
@@ -217,7 +225,12 @@ def end_ids(path: Path, own: int | list[int] | None) -> int | list[int] | None:
 
 
 def stretch_foreign(config: Any) -> None:
-    """Turn YaRN on, with MiniMind's numbers, in a config of another class."""
+    """Turn YaRN on, with MiniMind's numbers, in a config of another class that is not stretched yet."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind == "yarn":
+        return
+    if kind != "default":
+        raise UsageError(f"YaRN does not go with rope_type {kind} of this {config.model_type}: leave it out")
     trained = getattr(config, "original_max_position_embeddings", None)
     own = MiniMindConfig(
         inference_rope_scaling=True, **({"original_max_position_embeddings": trained} if trained else {})

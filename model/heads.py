@@ -9,25 +9,14 @@ answer scores 0, and none leads by chance. Weight keys are those of transformers
 Shapes: B batch, T tokens, D hidden.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from dataset.chat import IGNORED, Turn, encode_conversations
 
 from .model_minimind import MiniMindForCausalLM, MiniMindModel, MiniMindPreTrainedModel
-
-
-@dataclass
-class ScoringOutput(ModelOutput):
-    """scores (B, T) float32; aux_loss and expert_load as MiniMindOutput has them, None for a dense model."""
-
-    scores: Tensor | None = None
-    aux_loss: Tensor | None = None
-    expert_load: Tensor | None = None
+from .outputs import ScoringOutput
 
 
 class MiniMindForScoring(MiniMindPreTrainedModel):

@@ -29,10 +29,13 @@ DEFAULT_TARGETS = ("q_proj", "o_proj")
 DEFAULT_RANK = 8
 KEY = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")  # with what DDP and compile put in front
 PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-PEFT_BEYOND = (  # what PEFT can do and the formula above does not say
-    "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
-    "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+PEFT_PLAIN = (  # what PEFT's config may say and the formula above holds all the same; all else must be unset
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 )  # fmt: skip
+PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # others (PiSSA ...) change the base itself
 
 
 class LoRA(nn.Module):
@@ -215,7 +218,8 @@ def load_lora(model: nn.Module, path: str | Path) -> dict[str, Any]:
             f"({path.parent} holds {', '.join(there) if there else 'no adapters'})"
         )
     state, info = read_state_dict(path), read_info(path.with_suffix(".json"))
-    install(model, path, state, KEY, info.get("lora", {}).get("alpha"))
+    depth = info.get("config", {}).get("num_hidden_layers")
+    install(model, path, state, KEY, info.get("lora", {}).get("alpha"), depth)
     return {**info, "lora": adapter_settings(model), "path": str(path)}
 
 
@@ -227,20 +231,47 @@ def merge_lora(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return info
 
 
-def install(model: nn.Module, path: Path, state: dict[str, Tensor], pattern: re.Pattern, alpha: float | None) -> None:
-    """Attach an adapter with these tensors; InputError, before anything is changed, unless all of them fit."""
+def base_note(info: dict[str, Any], base: Path, base_hash: str) -> str:
+    """What to say of an adapter that names other weights than these, to which it may have been added already."""
+    trained_on = info.get("base")
+    if not trained_on or trained_on["hash"] == base_hash:
+        return ""
+    if base.is_dir() and trained_on["name"].endswith(".pth"):
+        return f" (note: trained on {trained_on['name']}; whether {base} holds the same weights is not known)"
+    return f" (note: trained on other weights, {trained_on['name']})"
+
+
+def install(
+    model: nn.Module,
+    path: Path,
+    state: dict[str, Tensor],
+    pattern: re.Pattern,
+    alpha: float | None,
+    depth: int | None = None,
+) -> None:
+    """Attach an adapter with these tensors; InputError, before anything is changed, unless all of them fit.
+
+    depth: layers of the model that it was trained on, where that is known.
+    """
     if other := [name for name, value in state.items() if not pattern.fullmatch(name) or value.dim() != 2]:
         raise InputError(f"{path} is no LoRA adapter: it holds {other[0]}")
     values = {f"{m[1]}.lora.{m[2]}.weight": value for name, value in state.items() if (m := pattern.fullmatch(name))}
-    targets = {name.split(".lora.")[0].rpartition(".")[2] for name in values}
+    paths = {name.split(".lora.")[0] for name in values}
+    targets = {layer.rpartition(".")[2] for layer in paths}
     ranks = {value.shape[0] for name, value in values.items() if name.endswith(".A.weight")}
     if unknown := targets - set(TARGETS):
         raise InputError(f"{path} adapts {min(unknown)}: MiniMind has {', '.join(TARGETS)}")
     if len(ranks) != 1:
         raise InputError(f"{path} has the ranks {sorted(ranks)}: one for all is known here")
     (rank,) = ranks
-    check_size(model, path, values)
+    check_size(model, path, values, depth)
     layers = linear_layers(model, targets)
+    if paths < layers.keys():
+        left_out = min(layers.keys() - paths)
+        raise InputError(
+            f"{path} adapts {len(paths)} of the {len(layers)} layers of these names, not {left_out}: only adapters on "
+            "all of them can be read here; merge it with PEFT, or load the model that it belongs to"
+        )
     expected = {f"{layer}.lora.A.weight": (rank, module.in_features) for layer, module in layers.items()}
     expected |= {f"{layer}.lora.B.weight": (module.out_features, rank) for layer, module in layers.items()}
     for problem, names in (
@@ -258,16 +289,20 @@ def install(model: nn.Module, path: Path, state: dict[str, Tensor], pattern: re.
             model.get_parameter(name).copy_(value)
 
 
-def check_size(model: nn.Module, path: Path, values: dict[str, Tensor]) -> None:
+def check_size(model: nn.Module, path: Path, values: dict[str, Tensor], depth: int | None) -> None:
     """Raise InputError, naming both, where an adapter's tensors come from a model of another width or depth."""
     layers = 1 + max((int(m[1]) for name in values if (m := re.search(r"layers\.(\d+)\.", name))), default=0)
     reads, writes = r"\.(q|k|v|gate|up)_proj\.lora\.A", r"\.(o|down)_proj\.lora\.B"  # from and to the hidden states
     widths = [value.shape[1] for name, value in values.items() if re.search(reads, name)]
     widths += [value.shape[0] for name, value in values.items() if re.search(writes, name)]
     here = model.config
-    if widths and (widths[0], layers) != (here.hidden_size, here.num_hidden_layers):
+    if not widths:
+        return
+    if depth is None:  # it may leave the last layers out
+        depth = max(layers, here.num_hidden_layers) if widths[0] == here.hidden_size else layers
+    if (widths[0], depth) != (here.hidden_size, here.num_hidden_layers):
         raise InputError(
-            f"{path} belongs to a model of hidden size {widths[0]} with {layers} layers, this one has "
+            f"{path} belongs to a model of hidden size {widths[0]} with {depth} layers, this one has "
             f"{here.hidden_size} and {here.num_hidden_layers}: load it onto the weights that it was trained on"
         )
 
@@ -306,10 +341,12 @@ def import_peft(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise InputError(f"{folder} is cut short or no adapter of PEFT's ({error!r:.100}): copy it again") from error
-    beyond = [name for name in PEFT_BEYOND if config.get(name)]
-    beyond += [name for name, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(name, plain) != plain]
-    if beyond:
+    plain = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PEFT_STARTS}
+    plain |= dict.fromkeys(config.keys() - plain.keys() - set(PEFT_PLAIN), (None, False, 0, "", [], {}))
+    if beyond := [name for name, values in plain.items() if config.get(name, values[0]) not in values]:
         said = f"{folder / 'adapter_config.json'} sets {beyond[0]} to {config[beyond[0]]}"
-        raise InputError(f"{said:.200}: only plain LoRA can be read")
+        raise InputError(f"{said:.200}: only plain LoRA on the base as it is can be read")
+    if found := {x.shape[0] for name, x in state.items() if name.endswith(".lora_A.weight")} - {rank}:
+        raise InputError(f"{folder}: adapter_config.json says r {rank}, its tensors have {found.pop()}: copy it again")
     install(model, folder, state, PEFT_KEY, alpha)
     return {"lora": adapter_settings(model), "path": str(folder)}

@@ -11,7 +11,6 @@ Shapes:  B batch   T tokens of this call   S cached + current tokens   D hidden 
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import (
     causal_keys,
@@ -34,28 +32,7 @@ from .attention import (
 from .functional import Rotate, are_plain, can_group, compute_dtype, each_expert, grouped_experts, rms_norm
 from .LMConfig import MiniMindConfig
 from .loss import next_token_losses
-
-
-@dataclass
-class MiniMindModelOutput(BaseModelOutputWithPast):
-    """last_hidden_state (B, T, D); with experts also aux_loss (scalar) and expert_load (layers, E)."""
-
-    aux_loss: Tensor | None = None
-    expert_load: Tensor | None = None
-
-
-@dataclass
-class MiniMindOutput(CausalLMOutputWithPast):
-    """loss: mean of token_losses over the targets, never with aux_loss in it; token_losses (B, T) float32.
-
-    aux_loss: balance loss of the experts, times aux_loss_alpha, summed over layers; expert_load (layers, E): how many
-    real tokens each expert got. Both None for a dense model.
-    """
-
-    token_losses: Tensor | None = None
-    aux_loss: Tensor | None = None
-    expert_load: Tensor | None = None
-
+from .outputs import MiniMindModelOutput, MiniMindOutput
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Norm and positions
@@ -313,6 +290,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         bounds: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> MiniMindModelOutput:
         """input_ids (B, T), attention_mask (B, S), position_ids (B, T) -> last_hidden_state (B, T, D).
 
@@ -351,15 +329,18 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         rotary = rotary_tables(self.config, position_ids, compute_dtype(x))
         x = self.dropout(x)
-        aux_losses, loads = [], []
+        aux_losses, loads, states = [], [], []
         for layer in self.layers:
+            states += [x] if output_hidden_states else []
             x, aux_loss, load = layer(x, rotary, mask=mask, bounds=bounds, real=real, past_key_values=past_key_values)
             aux_losses.append(aux_loss)
             loads.append(load)
+        x = self.norm(x)
         moe = self.config.use_moe
         return MiniMindModelOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=x,
             past_key_values=past_key_values,
+            hidden_states=(*states, x) if output_hidden_states else None,
             aux_loss=torch.stack(aux_losses).sum() if moe else None,
             expert_load=torch.stack(loads) if moe else None,
         )
@@ -393,6 +374,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         temperature: float = 1.0,
         document_bounds: Tensor | None = None,
         target_places: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **transformers_keys,
     ) -> MiniMindOutput | tuple:
         """input_ids (B, T), labels (B, T) unshifted, -100 ignored -> logits (B, T, V), token_losses (B, T), loss.
@@ -403,15 +385,25 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
         temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
         returned are not divided. document_bounds and target_places: what the functions of these names give, from
-        before the batch was on a GPU. The other arguments are those of MiniMindModel.
+        before the batch was on a GPU. output_hidden_states: what each layer was given and what the head is given,
+        layers + 1 of (B, T, D). The other arguments are those of MiniMindModel.
         """
         refuse_unknown(transformers_keys)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_bounds
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            document_bounds,
+            output_hidden_states,
         )
         hidden = out.last_hidden_state
         loss = token_losses = logits = None
@@ -428,6 +420,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
             token_losses=token_losses,
             aux_loss=out.aux_loss,
             expert_load=out.expert_load,
@@ -437,8 +430,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 def refuse_unknown(keys: dict) -> None:
     """Accept what transformers passes along without meaning, raise TypeError for all else."""
-    harmless = {"cache_position"}  # says what attention_mask and the cache say already
+    # The first says what attention_mask and the cache say already; generate() passes the others, which are for itself.
+    harmless = {"cache_position", "tokenizer", "assistant_tokenizer"}
     for name, value in keys.items():
-        if name in harmless or (name in ("output_attentions", "output_hidden_states") and not value):
+        if name in harmless or (name == "output_attentions" and not value):
             continue
         raise TypeError(f"MiniMindForCausalLM.forward() does not take {name}={value!r}")

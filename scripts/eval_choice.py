@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--header",
         default="以下是关于{subject}的单项选择题，请直接给出正确答案的选项。",
-        help="first line of each prompt",
+        help="first line of each prompt, {subject} in it the subject's name",
     )
     add("--batch_size", type=number(int, 1), default=16, help="prompts of a forward pass (default: 16)")
     add("--csv", type=Path, help="write every question with its four log-probabilities here")
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         if any(row.answer is None for row in rows):
             raise InputError(f"{path} has no answers (they are not published): take --split val")
         shots = worked_questions(args.folder / "dev", subject, args.shots)
-        header = args.header.format(subject=names.get(subject, subject.replace("_", " ")))
+        header = args.header.replace("{subject}", names.get(subject, subject.replace("_", " ")))
         questions += rows
         prompts += ["\n\n".join([header, *shots, row.text]) for row in rows]
     if args.lm_eval_tasks:
@@ -135,9 +135,13 @@ def subject_of(path: Path) -> str:
 
 
 def subject_files(folder: Path, wanted: list[str] | None) -> list[Path]:
-    found = {subject_of(path): path for path in sorted(folder.glob("*.csv"))}
+    paths = sorted(folder.glob("*.csv"))
+    found = {subject_of(path): path for path in paths}
     if not found:
         raise InputError(f"{folder} holds no CSV files")
+    for path in paths:
+        if path != found[subject_of(path)]:
+            raise InputError(f"{path} and {found[subject_of(path)]} are about the same subject: remove one")
     unknown = sorted(set(wanted or ()) - found.keys())
     if unknown:
         raise InputError(f"{folder} has no subject {', '.join(unknown)}: it has {', '.join(found)}")
@@ -159,7 +163,7 @@ def read_questions(path: Path) -> list[Question]:
             raise InputError(f"{path}: row {line} has more fields than the header")
         missing = [name for name in ("question", "a", "b", "c", "d") if not (row.get(name) or "").strip()]
         answer = (row.get("answer") or "").strip().upper()
-        if missing or (answer and answer not in LETTERS):
+        if missing or answer not in ("", *LETTERS):
             problem = (
                 f"has no {', '.join(missing)}" if missing else f"has the answer {answer!r}, which is no letter A-D"
             )
@@ -168,6 +172,8 @@ def read_questions(path: Path) -> list[Question]:
         text = f"{row['question'].strip()}\n{choices}\n答案："
         number_ = row.get("id") or row.get("index") or str(line - 2)
         questions.append(Question(subject_of(path), number_, text, LETTERS.index(answer) if answer else None))
+    if not questions:
+        raise InputError(f"{path} holds no questions: copy it again, or remove it")
     return questions
 
 
@@ -184,14 +190,18 @@ def worked_questions(folder: Path, subject: str, shots: int) -> list[str]:
 
 def subject_names(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Names and categories by subject, from C-Eval's subject_mapping.json where there is one."""
-    path = folder / "subject_mapping.json"
+    path, names, categories = folder / "subject_mapping.json", {}, {}
     if not path.exists():
-        return {}, {}
+        return names, categories
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value[1] for key, value in mapping.items()}, {key: value[2] for key, value in mapping.items()}
-    except (ValueError, AttributeError, IndexError, TypeError, KeyError):
+        for subject, texts in mapping.items():
+            _, names[subject], categories[subject] = texts
+            if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                raise TypeError
+    except (ValueError, AttributeError, TypeError):
         raise InputError(f"{path} is no mapping of subjects to [English name, Chinese name, category]") from None
+    return names, categories
 
 
 def write_tasks(folder: Path, questions: list[Question], prompts: list[str]) -> None:

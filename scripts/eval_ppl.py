@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset.lm_dataset import PackedDataset, PretrainDataset, SFTDataset, encode_texts, token_byte_counts
 from dataset.rows import read_jsonl, row_text
 from model.errors import InputError, UsageError, run_script
+from model.foreign import as_minimind
 from model.loading import TRAINED_BY
 from trainer.runtime.flags import add_weight_flags, number
 from trainer.runtime.start import open_model
@@ -50,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
     if args.png and not args.by_position:
         raise UsageError("--png draws the curve of --by_position: give both")
     path, model, info, tokenizer = open_model(args)
+    model = as_minimind(model)  # or one sentence on a class that computes otherwise
     trained = info.get("trained_length") or model.config.original_max_position_embeddings
     if args.by_position:
         report = by_position(args, model, tokenizer, trained)
@@ -116,10 +118,9 @@ def by_position(args: argparse.Namespace, model, tokenizer, trained: int) -> dic
         )
     windows = cut_windows(args.file, tokenizer, length, args.rows or 64)
     scaling = {"rope_type": "yarn", "factor": float(args.by_position), "original_max_position_embeddings": trained}
-    stretched = open_model(args, inference_rope_scaling=True, rope_scaling=scaling)[1]
-    curves = {
-        name: position_losses(net, windows, args.batch_size) for name, net in (("plain", model), ("yarn", stretched))
-    }
+    curves = {"plain": position_losses(model, windows, args.batch_size)}
+    model.config.inference_rope_scaling, model.config.rope_scaling = True, scaling  # each forward reads them anew
+    curves["yarn"] = position_losses(model, windows, args.batch_size)
     size = max(trained // BUCKETS, 1)
     ends = list(range(size, length + 1, size))
     buckets = {name: [float(losses[end - size : end].mean()) for end in ends] for name, losses in curves.items()}

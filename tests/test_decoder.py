@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_engine import KINDS, make_model, make_prompts
+from small_engine import KINDS, SIZES, YARN, make_model, make_prompts
+from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model import decoder
 from model.decoder import Decoder, Int8Linear, Segment, pack
+from model.errors import UsageError
+from model.foreign import as_minimind, to_granite, to_llama
 from model.generation import Engine, Request
 
 
@@ -20,11 +23,25 @@ def dense():
     return make_model()
 
 
+CLASSES = {  # what the decoder runs, in the class of transformers where there is one
+    **{kind: (sizes, None) for kind, sizes in KINDS.items()},
+    "not renormalised": ({"use_moe": True, "norm_topk_prob": False, "n_shared_experts": 0}, None),
+    "Llama": ({}, to_llama),
+    "Llama tied": ({"tie_word_embeddings": True}, to_llama),
+    "Llama yarn": (YARN, to_llama),
+    "Granite": ({"use_moe": True, "n_shared_experts": 2, "n_routed_experts": 5, "num_experts_per_tok": 3}, to_granite),
+    "Granite routed": ({"use_moe": True, "n_shared_experts": 0, "tie_word_embeddings": True}, to_granite),
+    "Granite yarn": ({"use_moe": True, **YARN}, to_granite),
+}
+
+
 @pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_decoder_gives_the_logits_of_the_model(kind, half):
     """A prompt in pieces, then token by token beside another sequence, far beyond the length YaRN starts from."""
-    model = make_model(half=half, **KINDS[kind])
+    sizes, convert = CLASSES[kind]
+    model = make_model(half=half, **sizes)
+    model = convert(model).eval() if convert else model
     long, short = make_prompts(150, 40)
     expected = [model(torch.tensor([ids])).logits[0] for ids in (long, short)]
     with torch.inference_mode():
@@ -45,6 +62,55 @@ def test_decoder_gives_the_logits_of_the_model(kind, half):
             logits = arranged([long[120 + i], short[25 + i]], [0, 1], [120 + i, 25 + i], 2, [])
             wanted = torch.stack([expected[0][120 + i], expected[1][25 + i]])
             torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.9},
+    ],
+)
+def test_another_kind_of_rotation_is_refused(rope):
+    """It would run, and compute something else."""
+    sizes = {**SIZES, "intermediate_size": 96, "vocab_size": 211, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**rope, "rope_theta": 1e4}))
+    model.config.rope_parameters.setdefault("original_max_position_embeddings", 128)
+    with pytest.raises(UsageError, match=f"rope_type {rope['rope_type']}|rope_scaling does not know mscale"):
+        Decoder(model, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_multiplier": 1.0},
+        {"embedding_multiplier": 12.0},
+        {"residual_multiplier": 0.2},
+        {"logits_scaling": 8.0},
+        {"shared_intermediate_size": 100},
+        {"attention_bias": True},
+    ],
+)
+def test_a_granite_that_scales_is_refused(change):
+    config = to_granite(make_model(use_moe=True)).config
+    with pytest.raises(UsageError, match=r"not this granitemoeshared model, with its (scales|biases)"):
+        Decoder(GraniteMoeSharedForCausalLM(GraniteMoeSharedConfig(**config.to_dict() | change)), None)
+
+
+@torch.no_grad()
+def test_another_class_lends_its_own_tensors():
+    """Nothing is copied: what is trained as MiniMind is trained in the other class."""
+    model = make_model(use_moe=True)
+    granite = to_granite(model).eval()
+    again = as_minimind(granite)
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    again.model.layers[1].mlp.experts[2].up_proj.weight.mul_(2)
+    ids = torch.tensor(make_prompts(9))
+    torch.testing.assert_close(granite(ids).logits, again(ids).logits, atol=1e-4, rtol=1e-4)
+    assert as_minimind(model) is model and not again.training and as_minimind(granite.train()).training
 
 
 def test_half_precision_model_is_computed_in_float32(dense):

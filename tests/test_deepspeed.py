@@ -307,6 +307,8 @@ def test_two_different_files_are_refused(data, tmp_path):
     args = train_pretrain.parse_args(flags_of(data, tmp_path, "--deepspeed=a.json", "--deepspeed_config=b.json"))
     with pytest.raises(UsageError, match=r"--deepspeed a\.json and --deepspeed_config b\.json"):
         choose_defaults(args, torch.device("cpu"))
+
+
 def test_the_built_in_stage_exchanges_gradients_once_a_step():
     """Stages 2 and 3 do in every micro-batch: they keep no whole gradient."""
     assert zero_stage(read_settings("default")) == 1

@@ -181,7 +181,7 @@ def by_document(student, teacher, row, alpha, tau):
 def test_a_packed_row_has_the_loss_of_its_documents_alone(kind, chunk, home, tokenizer):
     """Several documents and padding in a row, for each class of teacher: prompts and padding do not count."""
     path = home / "out" / kind if kind == TEACHER else home / kind
-    teacher = load_model(path)[0]
+    teacher = LlamaForCausalLM.from_pretrained(path) if kind == "llama" else load_model(path)[0]
     torch.manual_seed(0)
     student = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).train()
     packed = dataset(home, tokenizer)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -201,10 +202,11 @@ def test_categories_splits_limits_and_intervals(folder, evaluate, capsys):
     assert eval_choice.wilson(0, 5)[0] == 0 and math.isclose(eval_choice.wilson(5, 5)[1], 1)
 
 
-def test_c_eval_names_files_after_their_split(folder, evaluate):
-    """C-Eval: val/law_val.csv with id, question, answer in lower case."""
+@pytest.mark.parametrize("columns", ["id,question,A,B,C,D,answer\n0,", "question,A,B,C,D,answer\n"])
+def test_c_eval_names_files_after_their_split(columns, folder, evaluate):
+    """C-Eval: val/law_val.csv with id, question, answer in lower case; the mark of byte order is part of no name."""
     (folder / "val").mkdir()
-    rows = "id,question,A,B,C,D,answer\n0,哪个对？,a,b,c,d,B\n"
+    rows = columns + "哪个对？,a,b,c,d,B\n"
     (folder / "val" / "law_val.csv").write_text("\ufeff" + rows, encoding="utf-8")
     assert evaluate(folder)["law"]["questions"] == 1
 
@@ -214,6 +216,10 @@ def test_c_eval_names_files_after_their_split(folder, evaluate):
     [
         ("id,question,A,B,C,D,answer\n0,q,a,b,c,,A\n", "row 2 has no d"),
         ("id,question,A,B,C,D,answer\n0,q,a,b,c,d,E\n", "no letter A-D"),
+        ("id,question,A,B,C,D,answer\n0,q,a,b,c,d,AB\n", "'AB', which is no letter A-D"),
+        ("id,question,A,B,C,D,answer\n0,q,a,b,c,d,abcd\n", "'ABCD', which is no letter A-D"),
+        ("id,question,A,B,C,D,answer\n", "holds no questions"),
+        ("", "holds no questions"),
         ("id,question,A,B,C,D\n0,q,a,b,c,d\n", "has no answers"),
         ("id,question,A,B,C,D,answer\n0,q,a,b,c,d,A,x\n", "row 2 has more fields than the header"),
     ],
@@ -222,6 +228,44 @@ def test_bad_files(content, sentence, folder, evaluate):
     (folder / "test" / "law.csv").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=sentence):
         evaluate(folder)
+
+
+@pytest.mark.parametrize("mapping", [{"law": "law"}, {"law": ["Law", "法学"]}, {"law": ["Law", "法学", 3]}, ["law"], 3])
+def test_a_mapping_of_something_else_is_refused(mapping, folder, evaluate):
+    (folder / "subject_mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
+    with pytest.raises(InputError, match=r"is no mapping of subjects to \[English name, Chinese name, category\]"):
+        evaluate(folder)
+
+
+def test_two_files_of_one_subject_are_refused(folder, evaluate):
+    shutil.copy(folder / "test" / "law.csv", folder / "test" / "law_test.csv")
+    with pytest.raises(InputError, match=r"law\.csv and .*law_test\.csv are about the same subject"):
+        evaluate(folder)
+
+
+def test_braces_in_a_header_are_text(folder, tmp_path):
+    header = '{subject} {topic} {"a": 1} {'
+    flags = [str(folder), f"--header={header}", f"--lm_eval_tasks={tmp_path / 'tasks'}", "--subjects", "law"]
+    eval_choice.main(eval_choice.parse_args(flags))
+    first = json.loads((tmp_path / "tasks" / "law.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["prompt"].startswith('law {topic} {"a": 1} {\n\n')
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_an_export_scores_as_its_weights_do(use_moe, folder, tmp_path):
+    weights = tmp_path / "full_sft_64.pth"
+    torch.manual_seed(5)
+    keys = {"stage": "full_sft", "tokens_seen": 0, "data_path": "x", "data_hash": "x", "trained_length": 64}
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, use_moe=use_moe))
+    save_weights(model, weights, **keys)
+    convert_model.main(convert_model.parse_args([str(weights), str(tmp_path / "folder")]))
+    scores = []
+    for path in (weights, tmp_path / "folder"):
+        flags = [str(folder), f"--weight={path}", f"--csv={tmp_path / 'a.csv'}", "--device=cpu", "--dtype=float32"]
+        eval_choice.main(eval_choice.parse_args(flags))
+        with (tmp_path / "a.csv").open(encoding="utf-8") as file:
+            scores.append([float(row[f"logprob_{letter}"]) for row in csv.DictReader(file) for letter in "ABCD"])
+    assert len(scores[0]) == 48 and scores[1] == pytest.approx(scores[0], abs=1e-4)
 
 
 def test_bad_folders(folder, evaluate, tmp_path):

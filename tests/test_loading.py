@@ -416,13 +416,16 @@ def test_transformers_folders(tmp_path):
     llama.load_state_dict(model.state_dict())
     llama.save_pretrained(tmp_path / "llama")
     again, _ = load_model(tmp_path / "llama")
-    assert type(again) is LlamaForCausalLM
+    assert type(again) is MiniMindForCausalLM  # what it computes itself becomes its own class
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
     again, _ = load_model(tmp_path / "llama", inference_rope_scaling=True)
     torch.testing.assert_close(again(IDS).logits, stretched(IDS).logits, atol=1e-5, rtol=0)
     for folder in ("own", "llama"):
         with pytest.raises(InputError, match="hidden_size 64, you ask for 768"):
             load_model(tmp_path / folder, config_overrides={"hidden_size": 768})
+    config.attention_bias = True
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "biased")
+    assert type(load_model(tmp_path / "biased")[0]) is LlamaForCausalLM  # any other stays what it is
 
 
 def test_broken_folders(tmp_path):

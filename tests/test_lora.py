@@ -1,14 +1,13 @@
-"""LoRA: the module against PEFT, merging, files in both formats, training, and what goes wrong."""
+"""LoRA: the module, merging, experts, training (its files: test_lora_files.py)."""
 
 import copy
 import json
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
+from small_lora import FILE, base_model, logits, lora_of, trained_adapter
 from torch import nn
 
 from model import functional, loss, model_minimind
@@ -22,46 +21,13 @@ from model.model_lora import (
     adapter_settings,
     attach,
     detach,
-    export_peft,
-    find_lora,
-    import_peft,
-    load_lora,
     merge,
-    save_lora,
     target_names,
     unmerge,
 )
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_lora
 from trainer.runtime import start
-
-IDS = torch.arange(3, 27).view(2, 12)
-FILE = {"stage": "lora_x", "tokens_seen": 5, "data_path": "d/x.jsonl", "data_hash": "h", "trained_length": 64}
-
-
-def base_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return MiniMindForCausalLM(MiniMindConfig(**{"hidden_size": 64, "num_hidden_layers": 2, **sizes})).eval()
-
-
-def trained_adapter(model, *, rank=4, seed=1, **settings):
-    """Attach an adapter whose B is not zero any more."""
-    attach(model, rank, **settings)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora.B." in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def lora_of(model):
-    return {name: value.detach().clone() for name, value in model.named_parameters() if ".lora." in name}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
 
 # ----------------------------------------------------------------------------------------------------------- the module
 
@@ -166,6 +132,29 @@ def test_detach_leaves_a_plain_model():
     attach(model)  # and room for another adapter
 
 
+@torch.no_grad()
+def test_adapters_on_a_bfloat16_base():
+    """The sum is taken in float32 and rounded once; what was there comes back; a forward beside it is near."""
+    exact, half = (
+        trained_adapter(base_model(), targets=["all"]),
+        trained_adapter(base_model().bfloat16(), targets=["all"]),
+    )
+    for name, value in lora_of(exact).items():
+        half.get_parameter(name).copy_(value)
+        exact.get_parameter(name).copy_(value.bfloat16())
+    expected = logits(exact)
+    assert (expected - logits(base_model())).abs().max() > 1
+    assert logits(half).dtype == torch.bfloat16
+    assert (logits(half) - expected).abs().max() < 0.03 * expected.abs().max()
+    layer = half.model.layers[0].self_attn.q_proj
+    base, a, b = layer.weight.clone(), layer.lora.A.weight.float(), layer.lora.B.weight.float()
+    merge(half)
+    assert torch.equal(layer.weight, (base.float() + b @ a).bfloat16())
+    assert (logits(half) - expected).abs().max() < 0.03 * expected.abs().max()
+    unmerge(half)
+    assert torch.equal(layer.weight, base)
+
+
 # ---------------------------------------------------------------------------------------------------------- experts
 
 
@@ -206,205 +195,6 @@ def test_the_grouped_product_of_a_gpu_does_not_leave_adapters_out(target, monkey
         model(ids, attention_mask=torch.ones_like(ids), labels=ids, return_logits=False).loss.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(lora_of(model))
     assert bool(grouped) == (target == "q_proj")
-
-
-# ------------------------------------------------------------------------------------------------------------- PEFT
-
-
-def peft_model(**settings):
-    """PEFT's own LoRA on the same base, with values that are not zero."""
-    torch.manual_seed(5)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **settings})
-    model = peft.get_peft_model(base_model(), config).eval()
-    for name, value in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(value, std=0.2)
-    return model
-
-
-def test_equal_to_peft_with_the_same_matrices():
-    theirs = peft_model()
-    ours = base_model()
-    attach(ours, 4, 12, ["q_proj", "down_proj"])
-    matrices = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for name, value in ours.named_parameters():
-            if ".lora." in name:
-                path, matrix = name.split(".lora.")
-                value.copy_(matrices[f"base_model.model.{path}.lora_{matrix[0]}.default.weight"])
-    expected = theirs(IDS).logits
-    torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
-    labels = IDS.clone()
-    theirs(IDS, labels=labels).loss.backward()
-    ours(IDS, labels=labels).loss.backward()
-    for name, value in ours.named_parameters():
-        if ".lora." in name:
-            path, matrix = name.split(".lora.")
-            grad = matrices[f"base_model.model.{path}.lora_{matrix[0]}.default.weight"].grad
-            torch.testing.assert_close(value.grad, grad, atol=1e-6, rtol=1e-4)
-    merge(ours)
-    torch.testing.assert_close(logits(ours), theirs.merge_and_unload()(IDS).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("moe", [False, True])
-def test_our_export_loads_in_peft(moe, tmp_path):
-    model = trained_adapter(base_model(use_moe=moe), rank=4, alpha=6.0, targets=["all"])
-    export_peft(model, tmp_path / "adapter", base_name="full_sft_64.pth")
-    theirs = peft.PeftModel.from_pretrained(base_model(use_moe=moe), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
-    assert theirs.peft_config["default"].base_model_name_or_path == "full_sft_64.pth"
-    again = base_model(use_moe=moe)
-    load_lora(again, tmp_path / "adapter")  # a folder will do
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_of_peft_imports(rslora, tmp_path):
-    theirs = peft_model(use_rslora=rslora)
-    theirs.save_pretrained(tmp_path / "a")
-    ours = base_model()
-    info = import_peft(ours, tmp_path / "a")
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
-    assert info["lora"] == {"rank": 4, "alpha": 24 if rslora else 12, "targets": ["q_proj", "down_proj"]}
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"layers_to_transform": [0]}, "1 layers, this one has 64 and 2"),
-        ({"target_modules": ["embed_tokens"]}, "is no LoRA adapter"),
-        ({"target_modules": ["lm_head"]}, "is no LoRA adapter"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights
-def test_what_is_not_plain_lora_is_refused(settings, said, tmp_path):
-    peft_model(**settings).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=said):
-        import_peft(base_model(), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_damaged_folders_of_peft(name, tmp_path):
-    export_peft(trained_adapter(base_model()), tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut short"):
-        load_lora(base_model(), tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=f"has no {name}"):
-        load_lora(base_model(), tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def saved(tmp_path, model=None, **keys):
-    path = tmp_path / "lora" / "lora_x_64.pth"
-    save_lora(model or trained_adapter(base_model(), alpha=7.0), path, **FILE, **keys)
-    return path
-
-
-def test_the_file_holds_lora_tensors_alone_in_half_precision(tmp_path):
-    model = trained_adapter(base_model(), alpha=7.0)
-    path = saved(tmp_path, model, base={"name": "full_sft_64.pth", "hash": "b"})
-    state = torch.load(path, weights_only=True)
-    assert set(state) == set(lora_of(model)) and {value.dtype for value in state.values()} == {torch.float16}
-    info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert info["lora"] == {"rank": 4, "alpha": 7.0, "targets": ["q_proj", "o_proj"]}
-    assert info["base"] == {"name": "full_sft_64.pth", "hash": "b"}
-    assert (info["stage"], info["data_file"], info["data_hash"], info["tokens_seen"]) == ("lora_x", "x.jsonl", "h", 5)
-    assert info["config"]["hidden_size"] == 64
-    again = base_model()
-    assert load_lora(again, path)["lora"] == info["lora"]
-    torch.testing.assert_close(logits(again), logits(model), atol=2e-3, rtol=2e-3)
-    assert all(torch.equal(value.half(), state[name]) for name, value in lora_of(again).items())
-
-
-def test_values_of_elsewhere_are_written(tmp_path):
-    """DeepSpeed's weights are not whole in the model: `state` brings them."""
-    model = trained_adapter(base_model())
-    state = {name: torch.full_like(value, 0.5) for name, value in model.named_parameters()}
-    written = read_state_dict(saved(tmp_path, model, state=state))
-    assert set(written) == set(lora_of(model)) and all((value == 0.5).all() for value in written.values())
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_a_public_file_has_no_json(prefix, tmp_path):
-    model = trained_adapter(base_model(), rank=3, targets=["v_proj", "o_proj"])
-    path = tmp_path / "lora_medical_64.pth"
-    torch.save({prefix + name: value for name, value in lora_of(model).items()}, path)
-    again = base_model()
-    assert load_lora(again, path)["lora"] == {"rank": 3, "alpha": 3, "targets": ["v_proj", "o_proj"]}
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_find_lora(tmp_path):
-    config = MiniMindConfig(hidden_size=64)
-    assert find_lora("out", "lora_x", config) == Path("out/lora/lora_x_64.pth")
-    assert find_lora("out", "lora_x", MiniMindConfig(hidden_size=64, use_moe=True)).name == "lora_x_64_moe.pth"
-    assert find_lora("out", "my.pth", config) == Path("my.pth") and find_lora("out", "a/b", config) == Path("a/b")
-
-
-def test_an_adapter_of_another_size_names_both(tmp_path):
-    path = saved(tmp_path)
-    for sizes, said in (
-        ({"hidden_size": 128}, "hidden size 64 with 2 layers, this one has 128 and 2"),
-        ({"num_hidden_layers": 3}, "hidden size 64 with 2 layers, this one has 64 and 3"),
-    ):
-        model = base_model(**sizes)
-        with pytest.raises(InputError, match=said) as error:
-            load_lora(model, path)
-        assert str(path) in str(error.value) and not lora_of(model)  # and nothing was changed
-        assert all(p.requires_grad for p in model.parameters())
-    path = saved(tmp_path, trained_adapter(base_model(), targets=["k_proj", "o_proj"]))
-    with pytest.raises(InputError, match=r"k_proj.lora.B.weight is \(16, 4\), the model takes \(64, 4\)"):
-        load_lora(base_model(num_key_value_heads=8), path)
-    path = saved(tmp_path, trained_adapter(base_model(), targets=["up_proj"]))
-    with pytest.raises(InputError, match=r"lacks model.layers.0.mlp.experts.0.*another model"):
-        load_lora(base_model(use_moe=True), path)
-
-
-@pytest.mark.parametrize("size", [0, 100, 0.5, 0.99])
-def test_truncated_files_are_refused_by_name(size, tmp_path):
-    path = saved(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: size if isinstance(size, int) else int(size * len(whole))])
-    with pytest.raises(InputError, match=r"lora_x_64\.pth is cut short"):
-        load_lora(base_model(), path)
-
-
-def test_files_that_are_no_adapter(tmp_path):
-    path = tmp_path / "x_64.pth"
-    keys = {**FILE, "stage": "full_sft"}
-    save_weights(base_model(), path, **keys)
-    with pytest.raises(InputError, match=r"is no LoRA adapter: it holds model\.embed_tokens\.weight"):
-        load_lora(base_model(), path)
-    full = lora_of(trained_adapter(base_model()))
-    for change, said in (
-        (
-            {"model.layers.0.self_attn.q_proj.lora.A.weight": None},
-            "lacks model.layers.0.self_attn.q_proj.lora.A.weight",
-        ),
-        ({"model.layers.0.mlp.q_proj.lora.A.weight": torch.zeros(4, 64)}, "has the unknown model.layers.0.mlp.q_proj"),
-        ({"model.layers.0.self_attn.q_proj.lora.A.weight": torch.zeros(5, 64)}, r"has the ranks \[4, 5\]"),
-        ({"model.layers.0.self_attn.q_proj.lora.B.weight": torch.zeros(4)}, "is no LoRA adapter"),
-        ({"model.layers.0.self_attn.wq.lora.A.weight": torch.zeros(4, 64)}, "adapts wq"),
-    ):
-        torch.save({name: value for name, value in {**full, **change}.items() if value is not None}, path)
-        with pytest.raises(InputError, match=said):
-            load_lora(base_model(), path)
-
-
-def test_missing_adapters_say_what_there_is(tmp_path):
-    saved(tmp_path)
-    with pytest.raises(InputError, match=r"train_lora.py --lora_name lora_y \(.*holds lora_x_64.pth\)"):
-        load_lora(base_model(), tmp_path / "lora" / "lora_y_64.pth")
-    with pytest.raises(InputError, match="holds no adapters"):
-        load_lora(base_model(), tmp_path / "nowhere" / "lora_y_64.pth")
 
 
 @pytest.mark.parametrize("targets", [["wq"], ["q_proj", "lm_head"], ["q_proj,all"], [""]])

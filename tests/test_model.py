@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from model.errors import UsageError
 from model.functional import Normalise, Rotate
 from model.LMConfig import PRESETS, MiniMindConfig
-from model.model_minimind import MiniMindForCausalLM, MiniMindOutput, RMSNorm
+from model.model_minimind import MiniMindForCausalLM, RMSNorm, rotary_tables
+from model.outputs import MiniMindOutput
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,46 @@ def test_dropout_in_training_only():
     assert not torch.allclose(model(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_every_dropout_site():
+    """Embeddings, the result of attention and of the feed-forward: half the numbers zero, the others doubled."""
+    model = make_model(dropout=0.5).train()
+    ids = random_ids(4, 50)
+
+    def dropped(out, kept):
+        """Whether about half of `out` is 0 and the rest twice what it was."""
+        zero = out == 0
+        torch.testing.assert_close(out[~zero], 2 * kept.expand_as(out)[~zero])
+        return 0.4 < zero.float().mean() < 0.6
+
+    seen = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(ids)
+    handle.remove()
+    assert dropped(seen[0], model.model.embed_tokens(ids))
+    block, x, ones = model.model.layers[1], torch.zeros(4, 50, 64), torch.ones(4, 50, 64)
+    for site, other in ((block.self_attn, block.mlp), (block.mlp, block.self_attn)):
+        site.forward, other.forward = lambda *_: ones, lambda *_: torch.zeros(4, 50, 64)
+        assert dropped(block(x, None)[0], ones)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["flash", "plain", "documents", "mask"])
+def test_dropout_of_attention(way):
+    """Tokens that are all the same attend to a mean of equal values: rows differ only where weights are dropped."""
+    attention = make_model(dropout=0.5, flash_attn=way != "plain").model.layers[0].self_attn
+    x = torch.randn(1, 1, 64).expand(2, 30, 64)
+    rotary = rotary_tables(MiniMindConfig(**SIZES), torch.arange(30)[None], torch.float32)
+    keys = {
+        "documents": {"bounds": torch.tensor([0, 12, 30, 60])},
+        "mask": {"mask": torch.ones(30, 30, dtype=torch.bool).tril()[None, None]},
+    }.get(way, {})
+    out = attention(x, rotary, **keys)
+    torch.testing.assert_close(out, out[:1, :1].expand_as(out), **CLOSE)
+    out = attention.train()(x, rotary, **keys)
+    assert (out - out[:1, :1]).abs().max() > 0.1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cache
 
@@ -321,8 +362,36 @@ def test_beam_search_and_several_samples_equal_llama(model, llama):
         assert torch.equal(*outs)
 
 
+def test_generate_takes_stop_strings_and_all_that_llama_takes(model, llama, tokenizer):
+    """generate() hands the tokenizer on to forward. A text that the likeliest words hold ends them early."""
+    own = make_model(vocab_size=6400)
+    ids = random_ids(1, 6)
+    keys = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+    whole = own.generate(ids, **keys)[0, 6:]
+    text = tokenizer.decode(whole[:4])
+    stop = tokenizer.decode(whole[3:4])
+    short = own.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **keys)[0, 6:]
+    assert torch.equal(short, whole[: len(short)]) and len(short) <= 4 and stop in text
+    for more in ({"output_hidden_states": True}, {"output_scores": True, "output_logits": True}):
+        theirs, ours = (each.generate(ids, return_dict_in_generate=True, **keys, **more) for each in (llama, model))
+        assert torch.equal(ours.sequences, theirs.sequences) and ours.keys() == theirs.keys()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_hidden_states_equal_llama(by_config, llama):
+    """What each layer was given, and the normed end."""
+    model, ids = make_model(), random_ids(2, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    model.config.output_hidden_states = by_config
+    out = model(ids, attention_mask=mask, **({} if by_config else {"output_hidden_states": True}))
+    wanted = llama(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0), output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and model(ids, output_hidden_states=False).hidden_states is None
+    for ours, theirs in zip(out.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask > 0], theirs[mask > 0], **CLOSE)
 
 
 def test_logits_to_keep(model):
@@ -337,7 +406,7 @@ def test_logits_to_keep(model):
 def test_unknown_arguments_are_refused(model):
     """Mistake 9: arguments that change the result swallowed by **kwargs."""
     ids = random_ids(1, 4)
-    for keys in ({"lables": ids}, {"output_hidden_states": True}, {"output_attentions": True}, {"token_type_ids": ids}):
+    for keys in ({"lables": ids}, {"output_attentions": True}, {"token_type_ids": ids}):
         with pytest.raises(TypeError, match=next(iter(keys))):
             model(ids, **keys)
     with pytest.raises(ValueError, match="either"):

@@ -112,6 +112,16 @@ def test_large_activations_stay_finite_under_bfloat16(dispatch):
     assert out.abs().max() > 65504
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_router_decides_in_float32_under_autocast(dtype):
+    """Scores of 32 and 32 + 1/32: bfloat16, with steps of 1/4 there, would take them for the same."""
+    layer = MoEFeedForward(make_config(num_experts_per_tok=1))
+    layer.gate.weight.data[:] = torch.tensor([1.0, 1 + 2**-10, 1 - 2**-10, 1.0])[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, load = layer(torch.ones(2, 5, 32, dtype=dtype), None)
+    assert load.tolist() == [0, 10, 0, 0]
+
+
 def test_balance_loss_by_hand():
     """Two rows of two tokens and three experts, top 1."""
     config = make_config(n_routed_experts=3, num_experts_per_tok=1, aux_loss_alpha=0.5)

@@ -36,7 +36,8 @@ from model.errors import InputError
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer, missing
 from model.loss import shifted_targets
-from model.model_minimind import MiniMindForCausalLM, MiniMindOutput
+from model.model_minimind import MiniMindForCausalLM
+from model.outputs import MiniMindOutput
 from trainer.runtime.flags import COUNT, common_parser, number
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, config_hash, make_engine, open_data, run_training, weights_file_hash
