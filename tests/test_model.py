@@ -455,7 +455,7 @@ def test_remote_code_folder(tmp_path, monkeypatch):
     model = make_model()
     folder = tmp_path / "folder"
     model.save_pretrained(folder)
-    parts = {"LMConfig.py", "model_minimind.py", "attention.py", "functional.py", "loss.py", "errors.py"}
+    parts = {"LMConfig.py", "model_minimind.py", "attention.py", "functional.py", "loss.py", "outputs.py", "errors.py"}
     assert parts <= {path.name for path in folder.iterdir()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
