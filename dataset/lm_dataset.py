@@ -9,6 +9,7 @@ attention_mask is 0 on padding and k = 1, 2, ... on the k-th document of the row
 positions start at 0.
 """
 
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -109,6 +110,16 @@ def pack_rows(lengths: np.ndarray, capacity: int, window: int = 128) -> list[lis
     return rows
 
 
+def arrange_rows(lengths: np.ndarray, capacity: int, packing: bool, seed: int) -> np.ndarray:
+    """Pieces of these lengths (n,), mixed, row after row, and the row that each is in: (2, n)."""
+    shuffled = np.random.default_rng([seed]).permutation(len(lengths))
+    if not packing:
+        return np.stack([shuffled, np.arange(len(lengths))])
+    rows = pack_rows(lengths[shuffled], capacity)
+    pieces = shuffled[np.fromiter(chain.from_iterable(rows), np.int64)]
+    return np.stack([pieces, np.repeat(np.arange(len(rows)), [len(row) for row in rows])])
+
+
 class PackedDataset(Dataset):
     """Rows of max_seq_len tokens from a token cache, in an order that set_epoch draws from (seed, epoch).
 
@@ -125,10 +136,10 @@ class PackedDataset(Dataset):
         self.piece_lines = cache.lines[document]
         self.piece_starts = cache.bounds[:-1][document] + nth * max_seq_len
         self.piece_lengths = np.minimum(lengths[document] - nth * max_seq_len, max_seq_len)
-        shuffled = np.random.default_rng([seed]).permutation(len(document))
-        rows = pack_rows(self.piece_lengths[shuffled], max_seq_len) if packing else [[i] for i in range(len(document))]
-        self.pieces = shuffled[np.fromiter(chain.from_iterable(rows), np.int64)]  # piece numbers, row after row
-        self.row_bounds = np.cumsum([0, *map(len, rows)])
+        arrange = partial(arrange_rows, self.piece_lengths, max_seq_len, packing, seed)
+        kept = partial(cache.kept, f"rows_{max_seq_len}_{seed}", (2, len(document)), arrange)  # packing takes its time
+        self.pieces, row = kept() if packing else arrange()  # piece numbers, row after row
+        self.row_bounds = np.searchsorted(row, np.arange(row[-1] + 2))
         self.set_epoch(0)
 
     def tell(self, left_out: str = "", limit: int = 0) -> None:

@@ -15,7 +15,7 @@ import threading
 import uuid
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,25 @@ class TokenCache:
         self.bounds = np.load(folder / "bounds.npy")
         self.lines = np.load(folder / "lines.npy")
         self.borders = np.load(folder / "borders.npy") if (folder / "borders.npy").exists() else None
+
+    def kept(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that follows from the documents and from its name, made once and kept beside them."""
+        path = self.folder / f"{name}.npy"
+        with suppress(OSError, ValueError, EOFError):  # not there or not whole
+            values = np.load(path)
+            if values.shape == shape:
+                return values
+        values = make()
+        scratch = path.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
+        with suppress(OSError):  # no room, or a folder that others own: it is made anew at each start
+            try:
+                with open(scratch, "wb") as file:
+                    np.save(file, values)
+                flush(scratch)
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+        return values
 
     def __reduce__(self):
         return TokenCache, (self.folder, self.path)  # a loader's worker process maps the files again, no copies

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import IGNORED, Turn, encode_conversations
+from dataset.chat import Turn, encode_conversations
 
 from .model_minimind import MiniMindForCausalLM, MiniMindModel, MiniMindPreTrainedModel
 from .outputs import ScoringOutput
@@ -80,8 +80,7 @@ class MiniMindForScoring(MiniMindPreTrainedModel):
         """The score of the last turn of each conversation, an assistant's; it may be empty."""
         if any(not turns or turns[-1]["role"] != "assistant" for turns in conversations):
             raise ValueError("the last turn of a conversation to score must be an assistant's")
-        answered = []
-        for ids, labels, _ in encode_conversations(tokenizer, conversations):
-            end = max(place for place, label in enumerate(labels) if label != IGNORED)
-            answered.append(ids[: end + 1])  # up to <|im_end|>, without the newline behind it
+        answered, end = [], tokenizer.convert_tokens_to_ids("<|im_end|>")
+        for ids, _, _ in encode_conversations(tokenizer, conversations):
+            answered.append(ids[: len(ids) - ids[::-1].index(end)])  # without the newline behind the last one
         return self.score_ids(answered, batch_size)

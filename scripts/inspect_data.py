@@ -4,12 +4,14 @@
     python scripts/inspect_data.py my_texts.jsonl --max_seq_len 256 --packed
     python scripts/inspect_data.py my_pairs.jsonl --max_seq_len 1024
 
+It tells, as training does, how many rows --max_seq_len cuts, how many tokens they lose, and which keys nobody reads.
 Tokens are coloured by what training does with them: green is learned (a target), grey is read but not learned, red is
 cut off because it lies beyond --max_seq_len. With --packed whole rows are shown as the model gets them, a rule between
 documents. Exit code 1 if any row is bad.
 """
 
 import argparse
+import codecs
 import sys
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def check_rows(path: Path, data_format: str) -> tuple[str, int, int, list[str]]:
             if row is None:
                 continue
             n_rows += 1
-            seen.add(hash(line.strip()))
+            seen.add(hash(line.removeprefix(codecs.BOM_UTF8).strip()))
             if data_format == "auto":
                 data_format = (
                     "sft" if "conversations" in row else "dpo" if {"chosen", "rejected"} & set(row) else "pretrain"

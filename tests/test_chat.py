@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset import chat
 from dataset.chat import encode_conversation, encode_conversations, encode_prompt, validate_conversation
 from model.errors import InputError
+from model.heads import MiniMindForScoring
 from scripts.train_tokenizer import ROOT
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "model")
@@ -135,6 +136,15 @@ def test_a_turn_may_be_read_and_not_learned(key, value):
     assert learned == ("four<|im_end|>" if value is not None and not value else "five<|im_end|>four<|im_end|>")
     last = encoded.turn_ends[-2]
     assert encoded.labels[last:] == plain.labels[last:]
+
+
+def test_an_answer_that_is_not_learned_is_scored_all_the_same():
+    class Scoring:
+        score_ids = staticmethod(lambda sequences, batch_size: [TOKENIZER.decode(ids) for ids in sequences])
+
+    turns = [user("2+2?"), assistant("five"), user("no"), assistant("four", weight=0)]
+    (scored,) = MiniMindForScoring.get_scores(Scoring(), TOKENIZER, [turns])
+    assert scored.endswith("assistant\nfour<|im_end|>")
 
 
 def test_a_developer_turn_is_a_system_turn():

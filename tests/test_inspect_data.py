@@ -72,6 +72,13 @@ def test_what_is_cut_is_counted(tmp_path, capsys):
     assert code == 0 and "are cut" not in out
 
 
+def test_a_repeated_first_row_is_seen_behind_a_byte_order_mark(tmp_path, capsys):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "a"}\n')
+    code, out, _ = inspect(path, capsys)
+    assert code == 0 and "2 rows in the pretrain format, 1 of them repeat" in out
+
+
 def test_packed_rows_show_document_borders(tmp_path, capsys):
     path = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     code, out, err = inspect(path, capsys, "--packed", "--max_seq_len=256", "--rows=5")

@@ -1,5 +1,6 @@
 """The token cache: what its key knows, whole or made anew, names of its own, and nothing half made left behind."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from commands import TEXTS, chat, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dataset import token_cache
+from dataset import lm_dataset, token_cache
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from dataset.token_cache import file_hash
 from model.errors import InputError, run_script
@@ -192,6 +193,34 @@ def test_a_signal_while_tokenising_leaves_nothing_behind(number, code, texts, tm
         signal.signal(signal.SIGINT, interrupt)
     assert ended.value.code == code and list((tmp_path / "cache").iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ----------------------------------------------------------------------------------------------------- rows packed once
+
+
+def test_rows_are_packed_once(texts, tmp_path, tokenizer, monkeypatch):
+    def opened(length=64, seed=0):
+        dataset = PretrainDataset(texts, tokenizer, length, tmp_path / "cache", seed=seed)
+        return [dataset[index]["input_ids"].tolist() for index in range(len(dataset))]
+
+    wanted = {settings: opened(*settings) for settings in ((64, 0), (64, 1), (48, 0))}
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len({str(rows) for rows in wanted.values()}) == 3
+    assert len(list(folder.glob("rows_*"))) == 3 and not list(folder.glob("*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_dataset, "pack_rows", None)
+        assert {settings: opened(*settings) for settings in wanted} == wanted
+    kept = folder / "rows_64_0.npy"
+    for content in (b"", kept.read_bytes()[:-8], (folder / "lines.npy").read_bytes()):
+        kept.write_bytes(content)
+        assert opened() == wanted[64, 0]
+    monkeypatch.setattr(token_cache, "flush", no_room)
+    kept.unlink()
+    assert opened() == wanted[64, 0] and not kept.exists() and not list(folder.glob("*.tmp"))
+
+
+def no_room(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
