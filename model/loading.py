@@ -86,9 +86,13 @@ def save_weights(
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "config": {**config, "original_max_position_embeddings": trained_length},
     }
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    text = json_bytes(info)
     write_files({path: lambda f: torch.save(state, f), path.with_suffix(".json"): lambda f: f.write(text)})
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON in UTF-8, readable as it stands; half a character in it (a file name's bytes) is escaped as JSON does."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def with_tied(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

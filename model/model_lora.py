@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .errors import InputError, UsageError
 from .LMConfig import CONFIG_FIELDS
-from .loading import FORMAT, half_precision, read_info, read_state_dict, unwrap, write_files
+from .loading import FORMAT, half_precision, json_bytes, read_info, read_state_dict, unwrap, write_files
 from .model_minimind import Attention
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -185,8 +185,7 @@ def save_lora(
     info |= {"tokens_seen": tokens_seen, "trained_length": trained_length}
     info |= {"data_file": Path(data_path).name, "data_hash": data_hash}
     info["config"] = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    text = text.encode(errors="backslashreplace")  # a file name need not be UTF-8: its bytes as JSON escapes them
+    text = json_bytes(info)
     write_files({path: lambda f: torch.save(values, f), path.with_suffix(".json"): lambda f: f.write(text)})
 
 

@@ -2,20 +2,18 @@
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import PackedDataset, file_hash
 from model.errors import InputError, run_script
-from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
-from model.loading import FREE_FIELDS, check_vocab, find_weights, load_model, load_tokenizer, weights_path
+from model.LMConfig import MiniMindConfig
+from model.loading import check_vocab, find_weights, load_model, load_tokenizer, weights_path
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint, verify_resume
 from trainer.runtime.devices import pick_device, pick_dtype
@@ -80,8 +78,9 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
         run.tokens = info.get("tokens_seen") or 0
         model.config.original_max_position_embeddings = max(info.get("trained_length") or 0, longest)
     check_vocab(tokenizer, model.config)
-    run.take_name(weights_path(args.out_dir, run.stage, model.config).stem)
+    run.name = weights_path(args.out_dir, run.stage, model.config).stem
     unfinished = checkpoint_path(args.out_dir, run.weights)
+    run.claim_files()
     if not resumed and run.is_main and unfinished.exists():
         print(f"note: {unfinished} of an earlier run will be replaced (--from_resume 1 would go on with it)")
     return model.to(run.device).train()
@@ -140,19 +139,6 @@ def wants_compile(run: Run) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
-
-# Fields of a config in which models that compute alike may differ.
-UNCOMPUTED = FREE_FIELDS - {"inference_rope_scaling", "rope_scaling"} | {"bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-def computed_with(config: PretrainedConfig) -> dict[str, Any]:
-    """What a model computes with beside its weights: heads, rotary base, experts of a token and the like, by field."""
-    return {name: getattr(config, name, None) for name in CONFIG_FIELDS if name not in UNCOMPUTED}
-
-
-def config_hash(config: PretrainedConfig) -> str:
-    """The hash of computed_with(config)."""
-    return hashlib.blake2b(json.dumps(computed_with(config), default=str).encode(), digest_size=16).hexdigest()
 
 
 def weights_file_hash(path: Path) -> str:
