@@ -285,6 +285,14 @@ def test_a_wrong_file_is_refused_before_anything_is_written(settings, data, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_auto_and_equal_numbers_are_accepted(data, tmp_path):
+    settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto", "train_batch_size": 4}
+    settings |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}, "gradient_clipping": 1}
+    config = config_file(tmp_path, {**STAGE_2, **settings})
+    args = train_pretrain.parse_args(flags_of(data, tmp_path, *SPLIT, f"--deepspeed={config}"))
+    check_deepspeed(args, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("flags", "stage"),
     [
@@ -308,14 +316,6 @@ def test_two_different_files_are_refused(data, tmp_path):
     args = train_pretrain.parse_args(flags_of(data, tmp_path, "--deepspeed=a.json", "--deepspeed_config=b.json"))
     with pytest.raises(UsageError, match=r"--deepspeed a\.json and --deepspeed_config b\.json"):
         choose_defaults(args, torch.device("cpu"))
-
-
-def test_auto_and_equal_numbers_are_accepted(data, tmp_path):
-    settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto", "train_batch_size": 4}
-    settings |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}, "gradient_clipping": 1}
-    config = config_file(tmp_path, {**STAGE_2, **settings})
-    args = train_pretrain.parse_args(flags_of(data, tmp_path, *SPLIT, f"--deepspeed={config}"))
-    check_deepspeed(args, torch.float32)
 
 
 def test_what_deepspeed_refuses_is_one_sentence(data, tmp_path):
