@@ -20,6 +20,7 @@ from model.model_minimind import MiniMindForCausalLM
 from trainer import train_dpo
 from trainer.runtime import run as run_module
 from trainer.runtime import start
+from trainer.runtime.checkpoint import config_hash
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model
 from trainer.runtime.steps import micro_batches
@@ -340,7 +341,7 @@ def test_equal_weights_that_compute_otherwise_share_no_reference(field, home, tm
 def test_what_a_reference_is_not_computed_with_makes_no_other_one():
     """Special ids, the trained length, dropout: a run sets them, or they train alone."""
     for field in {"eos_token_id": 5}, {"original_max_position_embeddings": 77}, {"dropout": 0.5}:
-        assert start.config_hash(MiniMindConfig(**SIZES, **field)) == start.config_hash(MiniMindConfig(**SIZES))
+        assert config_hash(MiniMindConfig(**SIZES, **field)) == config_hash(MiniMindConfig(**SIZES))
 
 
 def test_the_reference_of_a_resumed_run_computes_as_the_policy(home, tmp_path):

@@ -150,8 +150,8 @@ def test_a_loader_that_was_not_made_leaves_no_traceback(data, tmp_path, monkeypa
 
 
 def test_a_file_that_loaders_cannot_read_is_told_as_such():
-    assert not steps.lacks_shared_memory(OSError(errno.EACCES, "Permission denied", "out/cache/ids.bin"))
-    assert not steps.lacks_shared_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not memory.lacks_shared_memory(OSError(errno.EACCES, "Permission denied", "out/cache/ids.bin"))
+    assert not memory.lacks_shared_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_the_probe_leaves_no_trace(tmp_path):

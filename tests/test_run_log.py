@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -140,7 +139,7 @@ def test_a_curve_without_numbers_is_no_warning(tmp_path, recwarn):
 
 def test_the_curve_needs_no_backend(tmp_path, monkeypatch):
     """MPLBACKEND may name one that is not there, as a notebook's is not in what the notebook starts."""
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it is what opens backends
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)  # it is what opens backends
     run = log(tmp_path)
     run.write(1, 10, {"loss": 2.0}, 0)
     run.close()

@@ -38,9 +38,10 @@ from model.loading import check_vocab, find_weights, load_model, load_tokenizer,
 from model.loss import shifted_targets
 from model.model_minimind import MiniMindForCausalLM
 from model.outputs import MiniMindOutput
+from trainer.runtime.checkpoint import config_hash
 from trainer.runtime.flags import COUNT, common_parser, number
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, config_hash, make_engine, open_data, run_training, weights_file_hash
+from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash
 from trainer.runtime.steps import MicroBatch
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time

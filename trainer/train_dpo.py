@@ -36,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.loading import find_weights, load_model, load_tokenizer, write_files
+from trainer.runtime.checkpoint import computed_with, config_hash
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import common_parser, number
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, computed_with, config_hash, make_engine, open_data, run_training
+from trainer.runtime.start import build_model, make_engine, open_data, run_training
 from trainer.runtime.steps import MicroBatch, micro_batches, split_rows
 
 BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0}

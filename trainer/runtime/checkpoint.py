@@ -6,6 +6,8 @@ ends with the bits of an uninterrupted one; at another world size or batch size 
 """
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import re
@@ -20,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from model.errors import InputError, UsageError
 from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
-from model.loading import weights_path, write_files
+from model.loading import FREE_FIELDS, weights_path, write_files
 from trainer.runtime.distributed import local_world_size, world_size
 
 FORMAT = 2  # raised when an older reader would misunderstand the file
@@ -98,6 +101,20 @@ def check_parts(path: Path, saved: dict[str, Any], engines: dict[str, Any], extr
         shapes = {key: tuple(weight.shape) for key, weight in saved["engines"][name]["weights"].items()}
         if shapes != engine.shapes():
             raise InputError(f"{path} was written with another size of the {name}: start it from the same weights")
+
+
+# Fields of a config in which models that compute alike may differ.
+UNCOMPUTED = FREE_FIELDS - {"inference_rope_scaling", "rope_scaling"} | {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def computed_with(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model computes with beside its weights: heads, rotary base, experts of a token and the like, by field."""
+    return {name: getattr(config, name, None) for name in CONFIG_FIELDS if name not in UNCOMPUTED}
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """The hash of computed_with(config)."""
+    return hashlib.blake2b(json.dumps(computed_with(config), default=str).encode(), digest_size=16).hexdigest()
 
 
 def agree(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

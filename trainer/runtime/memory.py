@@ -1,11 +1,13 @@
-"""How much memory a run will need at its peak, told before its first step."""
+"""How much memory a run will need at its peak, told before its first step; and what to do where it was not there."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, dataloader
 
 from model.errors import InputError
 from model.loss import LOSS_CHUNK
@@ -136,3 +138,26 @@ def told_memory(run) -> Iterator[None]:
             f"out of memory at batch size {run.batch_size}: try --batch_size {max(run.batch_size // 2, 1)} "
             f"--accumulation_steps {run.args.accumulation_steps * 2}, or a smaller --max_seq_len"
         ) from error
+
+
+def told_shared_memory(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a loader; where its processes lack shared memory to hand them over, that is said."""
+    try:
+        yield from loader
+    except (OSError, RuntimeError) as error:
+        if not loader.num_workers or not lacks_shared_memory(error):
+            raise
+        dataloader._MultiProcessingDataLoaderIter._shutdown = True  # one half made would die with a traceback
+        raise InputError(
+            "the processes of --num_workers need shared memory, and /dev/shm is full or cannot be written: make it "
+            "larger (docker run --shm-size 1g), or add --num_workers 0"
+        ) from error
+
+
+def lacks_shared_memory(error: Exception) -> bool:
+    """Whether a loader or its process failed for want of shared memory: semaphores, or the tensors of a batch."""
+    refused = isinstance(error, OSError) and error.filename is None  # files have a name
+    told = ("shared memory", "/torch_", "(shm)", "Bus error")
+    return (refused and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES)) or any(
+        word in str(error) for word in told
+    )

@@ -77,7 +77,7 @@ class Run:
         self.batch_size, self.learning_rate = args.batch_size, args.learning_rate
         start_processes(self.device, always=args.deepspeed is not None)
         self.is_main = rank() == 0
-        self.name = stage  # becomes stage_hidden[_moe] when the model is known: take_name()
+        self.name = stage  # becomes stage_hidden[_moe] when the model is known
         self.lock = nullcontext()
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
         self.step = self.epoch = self.row = self.tokens = self.skipped_steps = self.resumed_at = 0
@@ -109,13 +109,12 @@ class Run:
         """The context for forward passes: matrix products in self.dtype, weights stay float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def take_name(self, name: str) -> None:
-        """Call the run, and so its files, like this; InputError where another run of that name writes here now."""
-        self.name = name
-        if self.is_main and (lock := claim(self.logs.folder / f".{name}.lock", name)):
+    def claim_files(self) -> None:
+        """InputError where another run writes the files of this name now; what a killed one has left of them goes."""
+        if self.is_main and (lock := claim(self.logs.folder / f".{self.name}.lock", self.name)):
             self.lock = lock
             checkpoints = checkpoint_path(self.args.out_dir, self.weights).parent
-            remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, name)
+            remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, self.name)
 
     def plan(self, model: nn.Module, train_set, whole_logits: int = 0) -> None:
         """Count the steps, print the arithmetic of the run, and end it here if it cannot fit into memory.

@@ -2,20 +2,17 @@
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import PackedDataset, file_hash
 from model.errors import InputError, run_script
-from model.formats import FREE_FIELDS
-from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
+from model.LMConfig import MiniMindConfig
 from model.loading import (
     check_vocab,
     find_weights,
@@ -96,8 +93,9 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
     check_vocab(tokenizer, model.config, path, recorded)
     take_special_ids(model, tokenizer)
     run.vocabulary = vocabulary_of(tokenizer)
-    run.take_name(weights_path(args.out_dir, run.stage, model.config).stem)
+    run.name = weights_path(args.out_dir, run.stage, model.config).stem
     unfinished = checkpoint_path(args.out_dir, run.weights)
+    run.claim_files()
     if not resumed and run.is_main and unfinished.exists():
         print(f"note: {unfinished} of an earlier run will be replaced (--from_resume 1 would go on with it)")
     return model.to(run.device).train()
@@ -148,19 +146,6 @@ def make_engine(model: nn.Module, run: Run, learning_rate: float | None = None) 
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
-
-# Fields of a config in which models that compute alike may differ.
-UNCOMPUTED = FREE_FIELDS - {"inference_rope_scaling", "rope_scaling"} | {"bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-def computed_with(config: PretrainedConfig) -> dict[str, Any]:
-    """What a model computes with beside its weights: heads, rotary base, experts of a token and the like, by field."""
-    return {name: getattr(config, name, None) for name in CONFIG_FIELDS if name not in UNCOMPUTED}
-
-
-def config_hash(config: PretrainedConfig) -> str:
-    """The hash of computed_with(config)."""
-    return hashlib.blake2b(json.dumps(computed_with(config), default=str).encode(), digest_size=16).hexdigest()
 
 
 def weights_file_hash(path: Path) -> str:

@@ -5,7 +5,6 @@ tensors with an "attention_mask", set_epoch(epoch), count_targets(batch), descri
 tokens_per_row(), data_path, data_hash.
 """
 
-import errno
 import json
 import math
 import os
@@ -19,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, dataloader, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from dataset.lm_dataset import BLANK
 from model.attention import document_bounds
-from model.errors import InputError
 from model.loss import target_places
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import DECAY_RATIO
+from trainer.runtime.memory import told_shared_memory
 
 ESTIMATE_AFTER = 3  # steps of this run; the first ones are slower
 INDICES = ("document_bounds", "target_places")  # into the whole batch
@@ -154,32 +153,14 @@ def micro_batches(dataset, run, rows: list[list[int]]) -> Iterator[MicroBatch]:
         generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
         worker_init_fn=leave_group, collate_fn=collate,
     )  # fmt: skip
-    try:
-        for numbers, batch in zip(rows, loader, strict=True):
-            tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
-            tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
-            for name in INDICES:  # of another length in each batch, for which nothing should be compiled anew
-                if name in tensors:
-                    torch._dynamo.maybe_mark_dynamic(tensors[name], 0)
-            inputs = {key: tensors.pop(key) for key in MODEL_INPUTS if key in tensors}
-            yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
-    except (OSError, RuntimeError) as error:
-        if run.args.num_workers and lacks_shared_memory(error):
-            dataloader._MultiProcessingDataLoaderIter._shutdown = True  # one half made would die with a traceback
-            raise InputError(
-                "the processes of --num_workers need shared memory, and /dev/shm is full or cannot be written: make it "
-                "larger (docker run --shm-size 1g), or add --num_workers 0"
-            ) from error
-        raise
-
-
-def lacks_shared_memory(error: Exception) -> bool:
-    """Whether a loader or its process failed for want of shared memory: semaphores, or the tensors of a batch."""
-    refused = isinstance(error, OSError) and error.filename is None  # files have a name
-    told = ("shared memory", "/torch_", "(shm)", "Bus error")
-    return (refused and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES)) or any(
-        word in str(error) for word in told
-    )
+    for numbers, batch in zip(rows, told_shared_memory(loader), strict=True):
+        tokens, targets = int((batch["attention_mask"] > 0).sum()), dataset.count_targets(batch)
+        tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+        for name in INDICES:  # of another length in each batch, for which nothing should be compiled anew
+            if name in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensors[name], 0)
+        inputs = {key: tensors.pop(key) for key in MODEL_INPUTS if key in tensors}
+        yield MicroBatch([row for row in numbers if row != BLANK], inputs, tensors, tokens, targets)
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
