@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.chat import encode_prompt
-from model.errors import InputError, UsageError, check_text, run_script
+from model.errors import InputError, UsageError, check_given_text, run_script
 from model.generation import Engine, Request, sample_seed
 from model.LMConfig import PRESETS
 from model.loading import check_vocab, find_weights, load_model, open_tokenizer
@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # 1. Weights
-    check_text(args.prompt or "", "--prompt")
+    check_given_text(args.prompt or "", "--prompt")
     device = pick_device(args.device)
     dtype = torch.float32 if (args.dtype, device.type) == ("auto", "cpu") else pick_dtype(args.dtype, device)
     sizes = given_sizes(args)

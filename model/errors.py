@@ -14,7 +14,7 @@ class UsageError(InputError):
     """Flags that cannot go together: reported like an argparse error, exit code 2."""
 
 
-def check_text(text: str, flag: str) -> None:
+def check_given_text(text: str, flag: str) -> None:
     """Raise UsageError for half a character: bytes of a command line that are not in the console's encoding."""
     try:
         text.encode()

@@ -9,7 +9,7 @@ from commands import chat, ends, write_rows
 from small_runs import TINY
 
 import eval_model
-from model.errors import UsageError, check_text
+from model.errors import UsageError, check_given_text
 from model.errors import run_script as run_in_process
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
@@ -90,9 +90,9 @@ def test_a_prompt_that_is_no_text_is_a_usage_error(text, tmp_path, capsys):
 
 def test_text_is_text():
     for text in ("", "你好 😀", "\x00"):
-        check_text(text, "--prompt")
+        check_given_text(text, "--prompt")
     with pytest.raises(UsageError, match="its character 2"):
-        check_text(HALF, "--prompt")
+        check_given_text(HALF, "--prompt")
 
 
 def test_a_typed_line_that_is_no_text_is_asked_for_again(monkeypatch, capsys):

@@ -13,6 +13,7 @@ from model import loading
 from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer, save_weights, weights_path
+from model.model_lora import attach, export_peft, load_lora
 from model.model_minimind import MiniMindForCausalLM
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
@@ -261,6 +262,17 @@ def test_wrong_types_in_another_class_get_one_sentence(change, tmp_path):
     with pytest.raises(InputError) as error:
         load_model(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"r": "4"}, {"r": None}, {"lora_alpha": "8"}, {"lora_alpha": [8]}])
+def test_wrong_types_in_the_config_of_an_adapter_get_one_sentence(change, tmp_path):
+    model = make_model()
+    attach(model, rank=4, targets=["q_proj"])
+    export_peft(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=rf"{tmp_path} is cut short or no adapter of PEFT's"):
+        load_lora(make_model(), tmp_path)
 
 
 def test_public_v1_file_needs_its_heads(tmp_path):

@@ -151,6 +151,21 @@ def test_reading_weights_with_another_tokenizer_is_refused(number, home, tmp_pat
     assert code == 0 and "error" not in err
 
 
+def test_an_adapter_remembers_its_tokenizer(home, tmp_path, capsys):
+    """Also where the weights below it do not tell theirs."""
+    weights = tmp_path / "full_sft_64.pth"
+    shutil.copy(home / "out" / weights.name, weights)
+    flags = [*TINY, *ONE_STEP, f"--data_path={home / 'chats.jsonl'}", f"--from_weight={weights}"]
+    flags += [f"--out_dir={tmp_path}", f"--tokenizer_path={home / 'own'}"]
+    train_lora.main(train_lora.parse_args(flags))
+    adapter = tmp_path / "lora" / "lora_identity_64.pth"
+    assert recorded_vocabulary(adapter) == recorded_vocabulary(home / "own")
+    flags = [f"--weight={weights}", f"--lora_name={adapter}", "--prompt=Hi", "--max_new_tokens=2", "--device=cpu"]
+    code, _, err = ends(eval_model, flags, capsys)
+    assert code == 1 and f"{adapter} belongs to another tokenizer ('own'" in err
+    assert ends(eval_model, [*flags, f"--tokenizer_path={home / 'own'}"], capsys)[0] == 0
+
+
 def test_weights_of_which_nobody_knows_the_tokenizer_pass(home, tmp_path):
     path, tokenizer = tmp_path / "full_sft_64.pth", load_tokenizer()
     shutil.copy(home / "out" / path.name, path)

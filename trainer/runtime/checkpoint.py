@@ -25,8 +25,9 @@ import torch
 from transformers import PretrainedConfig
 
 from model.errors import InputError, UsageError
+from model.formats import FREE_FIELDS
 from model.LMConfig import CONFIG_FIELDS, MiniMindConfig
-from model.loading import FREE_FIELDS, weights_path, write_files
+from model.loading import weights_path, write_files
 from trainer.runtime.distributed import local_world_size, world_size
 
 FORMAT = 2  # raised when an older reader would misunderstand the file
