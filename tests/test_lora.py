@@ -143,7 +143,7 @@ def test_adapters_on_a_bfloat16_base():
         half.get_parameter(name).copy_(value)
         exact.get_parameter(name).copy_(value.bfloat16())
     expected = logits(exact)
-    assert (expected - logits(base_model())).abs().max() > 1
+    assert (expected - logits(base_model())).abs().max() > 0.2
     assert logits(half).dtype == torch.bfloat16
     assert (logits(half) - expected).abs().max() < 0.03 * expected.abs().max()
     layer = half.model.layers[0].self_attn.q_proj
