@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import PretendedCuda
 from small_model import CLOSE, make_model, random_ids
 
 from model.LMConfig import MiniMindConfig
@@ -102,6 +103,21 @@ def test_known_places_of_the_targets_change_no_bit(monkeypatch):
         results.append([out.token_losses, *torch.autograd.grad(out.loss, list(model.parameters()))])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_gpu_computes_the_logits_of_targets_alone():
+    """Where the batch brings their places: 5 of 30 tokens here."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, ids = make_model().train(), random_ids(2, 15)
+    labels = ids.masked_fill(torch.arange(30).view(2, 15) % 6 != 1, -100)
+    model.config.num_hidden_layers, model.model.layers = 0, torch.nn.ModuleList()
+    flops = []
+    for keys in {"target_places": target_places(labels, None)}, {}:
+        with PretendedCuda(), FlopCounterMode(display=False) as counter:
+            model(ids, labels=labels, return_logits=False, **keys).loss.backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] == 6 * flops[0] > 2 * 30 * 64 * 97
 
 
 def test_a_batch_brings_its_places_and_keeps_its_samples():
