@@ -11,15 +11,17 @@ READS = (Tensor.item, Tensor.tolist, Tensor.nonzero, Tensor.cpu, Tensor.__bool__
 class PretendedCuda(TorchFunctionMode):
     """Within it tensors say that they are on a GPU, but for those that .cpu() gave; what is made there is made here.
 
-    As on a GPU, a deterministic run has no cumsum of floats. `host_reads` counts what waits for the device.
+    As on a GPU, a deterministic run has no cumsum of floats. `host_reads` counts what waits for the device; `called`:
+    what was computed.
     """
 
     def __init__(self):
         super().__init__()
-        self.host_reads = 0
+        self.host_reads, self.called = 0, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        self.called.append(func)
         if func == Tensor.device.__get__:
             return torch.device("cpu") if hasattr(args[0], "on_host") else CUDA
         sums = func is Tensor.cumsum and kwargs.get("dtype", args[0].dtype).is_floating_point

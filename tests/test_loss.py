@@ -1,13 +1,16 @@
 """The loss of next tokens: values, gradients, memory, against whole logits."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import PretendedCuda
 from small_model import CLOSE, make_model, random_ids
 
 from model.LMConfig import MiniMindConfig
-from model.loss import LinearCrossEntropy
+from model.loss import LinearCrossEntropy, target_places
 from model.model_minimind import MiniMindForCausalLM
+from trainer.runtime.steps import MicroBatch, collate
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,60 @@ def test_frozen_head_gets_no_gradient(early):
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6)
     LinearCrossEntropy.apply(hidden, weight, torch.arange(5), early).sum().backward()
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
+
+
+def test_known_places_of_the_targets_change_no_bit(monkeypatch):
+    """Found before the batch was on its device, or here: the same losses and gradients."""
+    model, ids = make_model(), random_ids(3, 15)
+    mask = torch.tensor([[1] * 5 + [2] * 10, [0] * 3 + [1] * 12, [1] * 9 + [0] * 6])
+    labels = ids.masked_fill(torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.4, -100)
+    places = target_places(labels, mask)
+    by_hand = [
+        15 * b + t
+        for b in range(3)
+        for t in range(15)
+        if mask[b, t] and labels[b, t] >= 0 and mask[b, t] in mask[b, :t].tolist()
+    ]
+    assert places.tolist() == by_hand
+    results = []
+    for keys in {}, {"target_places": places}:
+        out = model(ids, attention_mask=mask, labels=labels, return_logits=False, **keys)
+        results.append([out.token_losses, *torch.autograd.grad(out.loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gpu_computes_the_logits_of_targets_alone():
+    """Where the batch brings their places: 5 of 30 tokens here."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, ids = make_model().train(), random_ids(2, 15)
+    labels = ids.masked_fill(torch.arange(30).view(2, 15) % 6 != 1, -100)
+    model.config.num_hidden_layers, model.model.layers = 0, torch.nn.ModuleList()
+    flops = []
+    for keys in {"target_places": target_places(labels, None)}, {}:
+        with PretendedCuda(), FlopCounterMode(display=False) as counter:
+            model(ids, labels=labels, return_logits=False, **keys).loss.backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] == 6 * flops[0] > 2 * 30 * 64 * 97
+
+
+def test_a_batch_brings_its_places_and_keeps_its_samples():
+    """What is picked of a batch, by rows, leaves behind what counts in the whole of it."""
+    rows = [
+        {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([1] * 6 + [2] * 9)}
+        for ids in random_ids(3, 15)
+    ]
+    batch = collate(rows)
+    assert batch["document_bounds"].tolist() == [0, 6, 15, 21, 30, 36, 45]
+    assert batch["target_places"].tolist() == [i for i in range(45) if i % 15 not in (0, 6)]
+    some = MicroBatch([0, 1, 2], batch, {}, 45, 39).take(np.array([2, 0]), 1.0)
+    assert some.inputs.keys() == {"input_ids", "labels", "attention_mask"}
+    assert torch.equal(some.inputs["input_ids"], batch["input_ids"][[2, 0]])
+    holes = [{**row, "attention_mask": torch.tensor([1] * 6 + [0] + [1] * 8)} for row in rows]
+    assert "document_bounds" not in collate(holes)
+    prompts = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
+    assert collate(prompts).keys() == {"input_ids", "attention_mask"}  # of rows without targets
 
 
 def test_half_precision_loss_matches_naive():

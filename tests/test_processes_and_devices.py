@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from small_runs import STAGES, TINY, new_run, train, write_data
 from model.errors import UsageError
 from trainer import train_pretrain
 from trainer.runtime import devices, distributed, engine
+from trainer.runtime.checkpoint import link_weights, read_whole, run_until
 from trainer.runtime.distributed import local_main_first, pick_backend, start_processes
 from trainer.runtime.engine import COMPILE_TOKENS, Engine, wants_compile
 from trainer.runtime.flags import choose_defaults
@@ -192,6 +195,35 @@ def test_deepspeed_has_its_own_word_for_the_exchange(tmp_path):
     args = train_pretrain.parse_args([*TINY, "--deepspeed", "--exchange_dtype=bfloat16"])
     with pytest.raises(UsageError, match="communication_data_type"):
         choose_defaults(args, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------ the self-test's tools
+
+
+@pytest.mark.parametrize("may_link", [True, False])
+def test_the_weights_of_a_run_are_told_from_those_it_starts_from(may_link, tmp_path, monkeypatch):
+    """Also where no links may be made, as on Windows."""
+    if not may_link:
+        monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("privilege not held")))
+    out_dir, folder = tmp_path / "out", tmp_path / "test"
+    for path in out_dir, folder / "checkpoints", folder / "lora":
+        path.mkdir(parents=True)
+    torch.save({"w": torch.ones(1)}, out_dir / "full_sft_64.pth")
+    (out_dir / "full_sft_64.json").write_text("{}")
+    link_weights(out_dir, folder)
+    assert (folder / "full_sft_64.json").read_text() == "{}" and (folder / "full_sft_64.pth").is_symlink() == may_link
+    torch.save({"w": torch.zeros(1)}, folder / "lora" / "identity_64.pth")
+    torch.save({"place": {"elapsed_s": 1.0, "step": 2}}, folder / "checkpoints" / "identity_64_resume.pth")
+    found = read_whole(folder)
+    assert found["weights in half precision"]["w"] == 0 and found["place"] == {"step": 2}
+
+
+def test_a_killed_run_is_told_from_one_that_ended(tmp_path):
+    """By what was done to it: Windows gives no signal's number."""
+    script = tmp_path / "run.py"
+    script.write_text("import sys, time\nprint('pretrain 1/2  loss', flush=True)\ntime.sleep(float(sys.argv[1]))")
+    assert run_until([sys.executable, str(script), "60"], 1) is None
+    assert run_until([sys.executable, str(script), "0"], None) == 0
 
 
 # -------------------------------------------------------------------------------------------------- torchrun's restarts
