@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import BLANK
 from model.generation import Engine as Sampler
@@ -20,7 +22,11 @@ from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.steps import MicroBatch
 
-VOCABULARY = range(32)
+CONTROL = {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+VOCABULARY = [*CONTROL.values(), *map(str, range(3, 32))]
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)})), **CONTROL
+)
 REPLY = 6  # tokens
 ROOM = 12  # of a prompt and its reply
 
@@ -140,7 +146,7 @@ def parse_args(argv=None):
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args, "toy")
-    policy = build_model(args, VOCABULARY, run)
+    policy = build_model(args, TOKENIZER, run)
     torch.manual_seed(1)
     critic_model = MiniMindForScoring(policy.config)
     sampler = Sampler(policy)
