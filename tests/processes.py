@@ -110,7 +110,9 @@ def exchange_gradients(output, rank, ranks, port):
     start_processes(cpu)
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))
-    net = replicate(model, SimpleNamespace(args=SimpleNamespace(deterministic=False), device=cpu))
+    net = replicate(
+        model, SimpleNamespace(args=SimpleNamespace(deterministic=False, exchange_dtype="float32"), device=cpu)
+    )
     ids = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(rank))
     gradients = []
     for _ in range(3):

@@ -100,7 +100,7 @@ def dataset(home, tokenizer, packing=True):
 
 
 def batch_of(rows):
-    inputs = {name: torch.stack([row[name] for row in rows]) for name in MODEL_INPUTS}
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in MODEL_INPUTS if name in rows[0]}
     return MicroBatch(list(range(len(rows))), inputs, {}, 0, 0)
 
 

@@ -236,7 +236,7 @@ def test_bad_input_on_one_rank_alone_ends_all(data, tmp_path):
     """The rank whose machine has another data file says so; nobody waits for ever."""
     run = Training("pretrain", flags_of(data, "pretrain", tmp_path), tmp_path / "rank", 2, (take_other_data, str(data)))
     codes = run.wait()
-    assert codes == [1, 1] and "differ in their data file or checkpoint" in run.err()
+    assert codes == [1, 1] and "differ in their data file, tokenizer or checkpoint" in run.err()
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.jsonl"))
 
 

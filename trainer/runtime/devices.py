@@ -18,10 +18,9 @@ def pick_device(name: str) -> torch.device:
     """ "auto": CUDA, else Apple's MPS, else the CPU; several processes on a machine take one GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":  # by its number, without which torch.distributed and DeepSpeed take no device
-        name = f"cuda:{local_rank()}"
+    numbered = f"cuda:{local_rank()}" if name == "cuda" else name  # torch.distributed and DeepSpeed take no other
     try:
-        device = torch.device(name)
+        device = torch.device(numbered)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None

@@ -145,7 +145,7 @@ def add_machine_flags(group) -> None:
         "--exchange_dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the gradients that cross between processes: bfloat16 is half as much for a slow network",
     )  # fmt: skip
-    group.add_argument("--deepspeed_config", metavar="CONFIG", help=argparse.SUPPRESS)  # DeepSpeed's own way to name it
+    group.add_argument("--deepspeed_config", metavar="CONFIG", help="the same as --deepspeed CONFIG")
     # The deepspeed launcher passes the one, torch.distributed.launch the other.
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
