@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model.errors import InputError, run_script
+from model.errors import InputError, check_given_text, run_script
 from model.loading import TRAINED_BY
 from trainer.runtime.flags import add_weight_flags, number
 from trainer.runtime.start import open_model
@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # 1. Questions
+    check_given_text(args.header, "--header")
     split = pick_split(args.folder, args.split)
     names, categories = subject_names(args.folder)
     questions, prompts = [], []

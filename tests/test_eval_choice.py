@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
@@ -249,6 +249,11 @@ def test_braces_in_a_header_are_text(folder, tmp_path):
     eval_choice.main(eval_choice.parse_args(flags))
     first = json.loads((tmp_path / "tasks" / "law.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["prompt"].startswith('law {topic} {"a": 1} {\n\n')
+
+
+def test_a_header_that_is_no_text_is_a_usage_error(folder):
+    with pytest.raises(UsageError, match="--header is no Unicode text"):
+        eval_choice.main(eval_choice.parse_args([str(folder), "--header=\ud83d"]))
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
