@@ -147,7 +147,7 @@ def test_a_float32_folder_is_rounded_and_nothing_else(tmp_path):
     llama = LlamaForCausalLM(config)
     llama.save_pretrained(tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "a_64.pth")
-    state, info = torch.load(tmp_path / "a_64.pth"), json.loads((tmp_path / "a_64.json").read_text())
+    state, info = torch.load(tmp_path / "a_64.pth", weights_only=True), json.loads((tmp_path / "a_64.json").read_text())
     assert all(torch.equal(value.half(), state[name]) for name, value in llama.state_dict().items())
     assert info["trained_length"] == 512  # it has seen no more; MiniMind's 2048 would be a guess
 
@@ -294,5 +294,5 @@ def test_an_adapter_of_other_weights_or_merged_twice_is_said(adapter, tmp_path, 
     assert "note" not in capsys.readouterr().out
     convert(tmp_path / "plain", tmp_path / "merged_2_64.pth", f"--lora_name={adapter}")
     assert "whether" in capsys.readouterr().out
-    merged, again = (torch.load(tmp_path / f"merged{name}_64.pth") for name in ("", "_2"))
+    merged, again = (torch.load(tmp_path / f"merged{name}_64.pth", weights_only=True) for name in ("", "_2"))
     assert all(torch.equal(merged[name], again[name]) for name in merged)
