@@ -14,24 +14,30 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from dataset.demo_questions import ask, ask_unseen, tell
 from dataset.demo_templates import (
     FACTS_DIR,
     LANGUAGES,
     Item,
     Row,
     base_items,
+    is_held_out,
     oriented,
     problem_rows,
     read_items,
+    read_table,
     render,
     rude_answers,
-    sum_rows,
     turns,
 )
+from dataset.demo_unknown import ANSWER, Unknown
 from model.errors import InputError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "demo"
-IDENTITY_REPEATS = 6  # a handful of facts that everybody asks for
+TEXTS_A_FACT, QUESTIONS_A_FACT = 6, 9  # in one pass over the pretraining texts, over the conversations
+TALK_REPEATS = 4  # for names and small talk: a handful of facts that everybody asks for
+UNKNOWN_SHARE = 0.08  # of the questions
+FOLLOW_UP_SHARE = 0.1  # of the conversations
 SYSTEM_PROMPTS = {
     "zh": ("你是一个乐于助人的助手。", "只回答答案。"),
     "en": ("You are a helpful assistant.", "Give only the answer."),
@@ -70,13 +76,13 @@ def pretrain_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
     for item in items:
         language, (_, table, row) = item.relation.language, item.fact
         sentences = by_subject.setdefault((language, table, row, item.subject), [])
-        sentences += [render(text, oriented(item, rng)) for text in item.relation.texts]
+        texts = item.relation.texts
+        texts = rng.sample(texts, min(TEXTS_A_FACT, len(texts)))
+        sentences += [tell(text, oriented(item, rng), rng) for text in texts]
         if rng.random() < 0.5:
             question, answer = ("问：", "答：") if language == "zh" else ("Q: ", "A: ")
             asked = oriented(item, rng)
-            documents.append(
-                f"{question}{render(rng.choice(item.relation.questions), asked)}\n{answer}{reply(asked, rng)}"
-            )
+            documents.append(f"{question}{ask(asked, rng)}\n{answer}{reply(asked, rng)}")
     for (language, *_), sentences in by_subject.items():
         rng.shuffle(sentences)
         while sentences:
@@ -102,34 +108,57 @@ def arithmetic_documents(items: tuple[Item, ...], count: int, rng: random.Random
 
 def pretrain_val_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
     """Every fact once, in a wording that no training document uses."""
-    return [{"text": render(rng.choice(item.relation.held_out_texts), oriented(item, rng))} for item in items]
+    told = [item for item in items if item.relation.held_out_texts]
+    return [{"text": render(rng.choice(item.relation.held_out_texts), oriented(item, rng))} for item in told]
 
 
 def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
-    """Every fact in each training phrasing once, one to five in a conversation (which pays for one system turn)."""
+    """Every fact in several wordings, one to five in a conversation (which pays for one system turn)."""
     peers = by_relation(items)
-    rows = sum_rows(300, rng, held_out=False)
+    rows = sum_rows(items, 300, rng, held_out=False)
     for language in LANGUAGES:
-        queue = [
-            (item, question)
-            for item in items
-            if item.relation.language == language
-            for question in item.relation.questions
-            for _ in range(IDENTITY_REPEATS if item.relation.name.startswith("identity") else 1)
-        ]
+        queue = exchanges([item for item in items if item.relation.language == language], rng)
+        unknown = Unknown(language, items)
+        queue += [unknown.draw(rng) for _ in range(round(UNKNOWN_SHARE * len(queue)))]
         rng.shuffle(queue)
         while queue:
             size = rng.choice((1, 2, 3, 5))
             chosen, queue = queue[:size], queue[size:]
-            contents = []
-            for item, question in chosen:
-                last = oriented(item, rng)
-                contents += [render(question, last), reply(last, rng)]
-            if last.relation.follow_ups and rng.random() < 0.06:
+            contents = [text for _, question, answer in chosen for text in (question, answer)]
+            last = chosen[-1][0]
+            if last.relation.follow_ups and rng.random() < FOLLOW_UP_SHARE:
                 last = rng.choice([peer for peer in peers[last.relation.name, language] if peer.fact != last.fact])
                 contents += [render(rng.choice(last.relation.follow_ups), last), reply(last, rng)]
             rows.append(question_row(last, with_system_turn(last, turns(*contents), rng)))
     rng.shuffle(rows)
+    return rows
+
+
+def exchanges(items: list[Item], rng: random.Random) -> list[tuple[Item, str, str]]:
+    """(item, question, answer) for every item, several times, worded anew each time."""
+    result = []
+    for item in items:
+        talk = item.relation.name.startswith(("identity", "chat"))
+        for _ in range(QUESTIONS_A_FACT * (TALK_REPEATS if talk else 1)):
+            asked = oriented(item, rng)
+            result.append((asked, ask(asked, rng), reply(asked, rng)))
+    return result
+
+
+def sum_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
+    """Sums below 100 with a two-digit number, half of them easy; the two splits share no pair of numbers."""
+    pairs = [(x, y) for x in range(10, 100) for y in range(1, 100) if x + y < 100 and is_held_out(x, y) == held_out]
+    easy = [(x, y) for x, y in pairs if x < 30 and y < 10]
+    rows = []
+    for language in LANGUAGES:
+        chosen = rng.sample(easy, min(count // 4, len(easy)))
+        chosen += rng.sample(pairs, count // 2 - len(chosen))
+        (addition, *_) = [item for item in items if (item.relation.name, item.relation.language) == ("addition", language)]
+        for x, y in chosen:
+            slots = {"x": str(x), "y": str(y), "a": str(x + y)}
+            item = replace(addition, subject=f"{x} {y}", answer=slots["a"], slots=slots)
+            row = question_row(item, turns(ask(item, rng), render(item.relation.answers[0], item)))
+            rows.append(row | {"relation": "sum"})
     return rows
 
 
@@ -148,9 +177,38 @@ def questions_rows(items: Iterable[Item], rng: random.Random, *, held_out: bool)
     rows = []
     for item in items:
         asked = oriented(item, rng)
-        question = rng.choice(item.relation.held_out if held_out else item.relation.questions)
-        rows.append(question_row(item, turns(render(question, asked), reply(asked, rng))))
+        question = ask(asked, rng, held_out=held_out)
+        rows.append(question_row(item, turns(question, reply(asked, rng))))
     return rows
+
+
+def unseen_rows(items: Iterable[Item], rng: random.Random) -> list[Row]:
+    """Every item once, asked in a kind of asking that no training row has."""
+    rows = []
+    for item in items:
+        asked = oriented(item, rng)
+        kind, question = ask_unseen(asked, rng)
+        rows.append(question_row(asked, turns(question, reply(asked, rng))) | {"kind": kind})
+    return rows
+
+
+def own_words_rows() -> list[Row]:
+    """The questions of own_words_<language>.tsv, worded by people who had not seen the phrasings."""
+    return [
+        {"conversations": turns(row["question"], row["answer"]), "answer": row["answer"], "relation": row["relation"]}
+        | {"language": language}
+        for language in LANGUAGES
+        for row in read_table(f"own_words_{language}")
+    ]
+
+
+def unanswerable_rows() -> list[Row]:
+    """The questions of unanswerable.tsv, worded by people who had not seen those of the training rows."""
+    return [
+        {"conversations": turns(row["question"], ANSWER[row["language"]]), "answer": ANSWER[row["language"]]}
+        | {"relation": row["kind"], "language": row["language"]}
+        for row in read_table("unanswerable")
+    ]
 
 
 def dpo_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
@@ -161,7 +219,7 @@ def dpo_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_ou
     for number, item in enumerate(rounds[:count]):
         relation, asked = item.relation, oriented(item, rng)
         others = [peer for peer in peers[relation.name, relation.language] if item.answer not in peer.answer]
-        question = render(rng.choice(relation.held_out if held_out else relation.questions), asked)
+        question = ask(asked, rng, held_out=held_out)
         good = render(rng.choice(relation.answers), asked)
         if number % 2 == 0 and others:
             wrong = rng.choice(others).slots["a"]
@@ -183,7 +241,7 @@ def reason_rows(count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
 
 def rlaif_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
     """Prompts with a verifiable answer, half sums and half facts; the assistant turn is never learned."""
-    rows = sum_rows(count // 2, rng, held_out=held_out)
+    rows = sum_rows(items, count // 2, rng, held_out=held_out)
     rows += questions_rows(rng.sample(items, count // 2), rng, held_out=held_out)
     rng.shuffle(rows)
     return [{**row, "conversations": turns(row["conversations"][0]["content"], "无")} for row in rows]
@@ -226,6 +284,9 @@ def build(seed: int) -> dict[str, list[Row]]:
         "pretrain_val": lambda rng: pretrain_val_rows(items, rng),
         "sft": lambda rng: sft_rows(items, rng),
         "sft_val": lambda rng: questions_rows(items, rng, held_out=True),
+        "unseen_val": lambda rng: unseen_rows(items, rng),
+        "own_words_val": lambda rng: own_words_rows(),
+        "unanswerable_val": lambda rng: unanswerable_rows(),
         "dpo": lambda rng: dpo_rows(items, 2400, rng, held_out=False),
         "dpo_val": lambda rng: dpo_rows(items, 240, rng, held_out=True),
         "reason": lambda rng: reason_rows(2400, rng, held_out=False),
@@ -241,9 +302,9 @@ def build(seed: int) -> dict[str, list[Row]]:
 
 
 def source_hash(seed: int) -> str:
-    """Changes whenever the tables, the phrasings, the two modules that compile them or the seed change."""
+    """Changes whenever the tables, the phrasings, the modules that compile them or the seed change."""
     here = Path(__file__).resolve().parent
-    paths = [*sorted(FACTS_DIR.glob("*.*")), here / "demo_data.py", here / "demo_templates.py"]
+    paths = [*sorted(FACTS_DIR.glob("*.*")), *sorted(here.glob("demo_*.py"))]
     digest = hashlib.sha256(str(seed).encode())
     for path in paths:
         digest.update(path.name.encode() + path.read_bytes())

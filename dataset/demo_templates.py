@@ -14,15 +14,17 @@ COMPUTED_TABLES = ("sums", "products")
 ROWS_IN_BOTH_LANGUAGES = 10
 Row = dict
 LETTERS = {"Q": "questions", "H": "held_out", "A": "answers", "F": "follow_ups", "T": "texts", "V": "held_out_texts"}
+CORES = "QDINRSW"  # letters of lines that ask, whole (Q) or in a frame of frames_<language>.txt
 HEADER = re.compile(r"\[(?P<name>[\w.]+)\] (?:(?P<table>\w+): (?P<subject>.+?) -> (?P<answer>\w+)|= (?P<constant>.+))")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Relation:
     """One kind of fact in one language, with all its phrasings; a held-out phrasing enters no training row."""
 
     name: str
     language: str
+    cores: dict[str, tuple[str, ...]]
     questions: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
@@ -60,10 +62,12 @@ def read_items(sheet: str, language: str) -> list[Item]:
     items = []
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         header = HEADER.fullmatch(lines[start])
-        phrasings = {field: () for field in LETTERS.values()}
+        texts: dict[str, tuple[str, ...]] = {}
         for line in lines[start + 1 : end]:
-            phrasings[LETTERS[line[0]]] += (line[2:],)
-        relation = Relation(header["name"], language, **phrasings)
+            texts[line[0]] = (*texts.get(line[0], ()), line[2:])
+        phrasings = {field: texts.get(letter, ()) for letter, field in LETTERS.items()}
+        cores = {letter: texts[letter] for letter in CORES if letter in texts}
+        relation = Relation(header["name"], language, cores, **phrasings)
         items += _constant_item(relation, header) if header["constant"] else _table_items(relation, header)
     return items
 
@@ -93,7 +97,8 @@ def base_items() -> tuple[Item, ...]:
     Arithmetic and the first rows of each table are taught in both languages, further rows in Chinese and English by
     turns: a model of a few million parameters learns them all in minutes.
     """
-    by_language = {language: read_items("phrasings", language) for language in LANGUAGES}
+    sheets = ("phrasings", "smalltalk")
+    by_language = {lang: [item for sheet in sheets for item in read_items(sheet, lang)] for lang in LANGUAGES}
     bilingual = set.intersection(*({item.fact for item in items} for items in by_language.values()))
 
     def is_taught(item: Item) -> bool:
@@ -113,10 +118,14 @@ def oriented(item: Item, rng: random.Random) -> Item:
 
 def render(template: str, item: Item) -> str:
     """Fill a phrasing's slots; an English sentence gets its "an" and its capital letter."""
-    text = template.format(**item.slots)
-    if item.relation.language == "en":
+    return finish(template.format(**item.slots), item.relation.language)
+
+
+def finish(text: str, language: str) -> str:
+    """An English sentence gets its "an" and its capital letter, also after words of introduction."""
+    if language == "en":
         text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-        text = text[0].upper() + text[1:]
+        text = re.sub(r"^[a-z]|(?<=[a-z]{2}[.!?] )[a-z]", lambda letter: letter[0].upper(), text)
     return text
 
 
@@ -158,35 +167,6 @@ def problem_rows(language: str, *, held_out: bool) -> list[Row]:
             for question in questions:
                 conversation = turns(question.format(**slots), worked)
                 rows.append({"conversations": conversation, "answer": str(result), "language": language})
-    return rows
-
-
-SUM_QUESTIONS = {
-    "zh": ("{x}+{y}=？", "{x}加{y}等于多少？", "请问{x}+{y}是多少？", "算一算{x}+{y}。", "{x}和{y}的和是多少？"),
-    "en": (
-        "What is {x} plus {y}?",
-        "{x} + {y} = ?",
-        "How much is {x} plus {y}?",
-        "Add {x} and {y}.",
-        "What is {x} + {y}?",
-    ),
-}
-SUM_ANSWERS = {"zh": "{x}+{y}={a}。", "en": "{x} + {y} = {a}."}
-
-
-def sum_rows(count: int, rng: random.Random, *, held_out: bool) -> list[Row]:
-    """Sums below 100 with a two-digit number, half of them easy; the two splits share no pair of numbers."""
-    pairs = [(x, y) for x in range(10, 100) for y in range(1, 100) if x + y < 100 and is_held_out(x, y) == held_out]
-    easy = [(x, y) for x, y in pairs if x < 30 and y < 10]
-    rows = []
-    for language in LANGUAGES:
-        chosen = rng.sample(easy, min(count // 4, len(easy)))
-        chosen += rng.sample(pairs, count // 2 - len(chosen))
-        for x, y in chosen:
-            slots = {"x": x, "y": y, "a": x + y}
-            contents = [text.format(**slots) for text in (rng.choice(SUM_QUESTIONS[language]), SUM_ANSWERS[language])]
-            row = {"conversations": turns(*contents), "answer": str(x + y), "relation": "sum", "language": language}
-            rows.append(row)
     return rows
 
 

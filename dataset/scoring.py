@@ -24,12 +24,32 @@ def answer_all(
     return [result.text.strip() for result in engine.generate(requests)]
 
 
-def is_right(response: str, answer: str) -> bool:
-    """Whether the answer occurs in the response; Latin words and numbers must stand alone ("7" is not in "17")."""
-    response, answer = (unicodedata.normalize("NFKC", text).casefold() for text in (response, answer))
-    left = r"(?<![a-z0-9.])" if re.match(r"[a-z0-9]", answer) else ""
-    right = r"(?![a-z0-9]|\.\d)" if re.search(r"[a-z0-9]$", answer) else ""
-    return re.search(left + re.escape(answer) + right, response) is not None
+HAN = r"\u3400-\u9fff"
+BEFORE_ONE = r"(?:^|(?<=[^\w])|(?<=[是为叫称作成写]))"  # what may stand before an answer of one character
+AFTER_ONE = rf"(?=$|[^\w\s]|\s*(?:是|为|is\b|stands\b|means\b|[{HAN}]))"  # "I do" is no iodine
+
+
+def is_right(response: str, answer: str, question: str = "") -> bool:
+    """Whether the response gives the answer, as a whole word or number and not as a part of the repeated question.
+
+    "7" is not in "17"; "川" is not given by repeating "四川"; "He" is helium's symbol, "he" is not.
+    """
+    response, answer, question = (unicodedata.normalize("NFKC", text).strip() for text in (response, answer, question))
+    flags = 0 if re.fullmatch("[A-Z][a-z]?", answer) else re.IGNORECASE  # chemical symbols keep their case
+    left = r"(?<![A-Za-z0-9.])" if re.match(r"[A-Za-z0-9]", answer) else ""
+    right = r"(?![A-Za-z0-9]|\.\d)" if re.search(r"[A-Za-z0-9]$", answer) else ""
+    if re.fullmatch(f"[A-Z{HAN}]", answer):
+        left, right = left + BEFORE_ONE, right + (AFTER_ONE if answer.isascii() else r"(?=$|\W|[是为])")
+    asked = question.casefold()
+    for match in re.finditer(left + re.escape(answer) + right, response, flags):
+        before = re.search(rf"(?:[{HAN}]|[A-Za-z0-9]+)\s*$", response[: match.start()])
+        after = re.match(rf"\s*(?:[{HAN}]|[A-Za-z0-9]+)", response[match.end() :])
+        repeated = (before and (before[0] + match[0]).casefold() in asked) or (
+            after and (match[0] + after[0]).casefold() in asked
+        )
+        if not repeated:
+            return True
+    return False
 
 
 REASONED = re.compile(r"<think>\n.+\n</think>\n+<answer>\n(.+)\n</answer>", re.DOTALL)

@@ -39,6 +39,36 @@ def test_is_right(response, answer, right):
     assert scoring.is_right(response, answer) is right
 
 
+@pytest.mark.parametrize(
+    ("question", "response", "answer", "right"),
+    [
+        ("四川省的简称是什么？", "四川省的简称是川。", "川", True),
+        ("四川省的简称是什么？", "四川省的简称是鲁。", "川", False),
+        ("四川省的简称是什么？", "川是四川省的简称。", "川", True),
+        ("四川省简称", "川", "川", True),
+        ("“大”的反义词是什么？", "“大”的反义词是“小”。", "小", True),
+        ("“高大”的反义词是什么？", "是“矮小”。", "小", False),
+        ("Symbol of oxygen?", "The symbol for oxygen is O.", "O", True),
+        ("Symbol of oxygen?", "O is the symbol for oxygen.", "O", True),
+        ("氧的符号？", "氧的元素符号是 O。", "O", True),
+        ("氧的符号？", "O 是氧的符号", "O", True),
+        ("Symbol of oxygen?", "The o is round", "O", False),
+        ("Symbol of iodine?", "I do not know that.", "I", False),
+        ("Symbol of iodine?", "The symbol for iodine is I.", "I", True),
+        ("Symbol of helium?", "Who is he? A gas.", "He", False),
+        ("Symbol of helium?", "He stands for helium.", "He", True),
+        ("What is 7 plus 1?", "7 plus 1 is 8.", "8", True),
+        ("What is the capital of Mexico?", "The capital of Mexico is Mexico City.", "Mexico City", True),
+        ("The capital of Monaco?", "The capital of Monaco is Rome.", "Monaco", False),
+        ("The capital of Monaco?", "Monaco", "Monaco", True),
+        ("Capital of Singapore?", "The capital of Singapore is Singapore.", "Singapore", True),
+        ("三的平方？", "3 的平方是 9", "9", True),
+    ],
+)
+def test_repeating_the_question_is_no_answer(question, response, answer, right):
+    assert scoring.is_right(response, answer, question) is right
+
+
 def test_score_by_counts_and_sorts_worst_first():
     rows = [{"language": "en"}] * 2 + [{"language": "zh"}] * 3
     scores = scoring.score_by(rows, [True, True, True, False, False], "language")
