@@ -153,7 +153,9 @@ def sum_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_ou
     for language in LANGUAGES:
         chosen = rng.sample(easy, min(count // 4, len(easy)))
         chosen += rng.sample(pairs, count // 2 - len(chosen))
-        (addition, *_) = [item for item in items if (item.relation.name, item.relation.language) == ("addition", language)]
+        (addition, *_) = [
+            item for item in items if (item.relation.name, item.relation.language) == ("addition", language)
+        ]
         for x, y in chosen:
             slots = {"x": str(x), "y": str(y), "a": str(x + y)}
             item = replace(addition, subject=f"{x} {y}", answer=slots["a"], slots=slots)

@@ -7,46 +7,50 @@ whole kind of asking marked "unseen" there enters no training row: the score on 
 import random
 import re
 import zlib
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
+from typing import NamedTuple
 
 from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
 
 OPENED, CLOSED, SLIPPED, IN_WORDS = 0.25, 0.15, 0.25, 0.3  # shares of the questions
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-ONES += ["seventeen", "eighteen", "nineteen"]
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-FEW = 8
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+FEW = 8  # wordings of a split
 DIGITS_ZH = "零一二三四五六七八九"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of asking: frames for the cores of one letter."""
+class Frames(NamedTuple):
+    """What all relations of a language share; a kind of asking is (name, letter of its cores, frames)."""
 
-    name: str
-    letter: str
-    frames: tuple[str, ...]
-
-    @property
-    def unseen(self) -> bool:
-        return self.name.startswith("unseen")
+    kinds: list[tuple[str, str, list[str]]]
+    unseen: list[tuple[str, str, list[str]]]
+    openings: list[str]
+    closings: list[str]
+    texts: list[str]
 
 
-WHOLE = Kind("whole", "Q", ("{q}",))
-
-
-@dataclass(frozen=True)
-class Frames:
-    """What all relations of a language share."""
-
-    kinds: tuple[Kind, ...]
-    openings: tuple[str, ...]
-    closings: tuple[str, ...]
-    texts: tuple[str, ...]
-
-
-@lru_cache
+@cache
 def read_frames(language: str) -> Frames:
     """The frames of dataset/facts/frames_<language>.txt."""
     sections: dict[str, list[str]] = {}
@@ -55,63 +59,70 @@ def read_frames(language: str) -> Frames:
             frames = sections[line[1:-1]] = []
         elif line and not line.startswith("#"):
             frames.append(line)
-    opening, closing, text = (tuple(sections.pop(name)) for name in ("opening", "closing", "text"))
-    kinds = tuple(Kind(*header.rsplit(" ", 1), tuple(frames)) for header, frames in sections.items())
-    return Frames(kinds, opening, closing, text)
+    shared = [sections.pop(name) for name in ("opening", "closing", "text")]
+    kinds = [(*header.rsplit(" ", 1), frames) for header, frames in sections.items()]
+    seen, unseen = ([kind for kind in kinds if kind[0].startswith("unseen ") == new] for new in (False, True))
+    return Frames(seen, unseen, *shared)
 
 
-@lru_cache(maxsize=None)
-def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[tuple[Kind, str, str]], list[float]]:
-    """All (kind, core, frame) of one split, and how often each comes up: a kind by its cores, its pairs alike.
+def framed(core: str, frame: str) -> str:
+    """A core in a frame; a topic's core is the word for what is asked, or "subject | word"."""
+    subject, bar, word = core.rpartition(" | ")
+    return frame.replace("{q}", core).replace("{s}", subject if bar else "{s}").replace("{w}", word)
 
-    One pair in eight is kept out of training, and whole questions where a relation has few pairs (small talk).
+
+def bare(template: str) -> str:
+    """The wording alone, without marks, spaces and capitals."""
+    return re.sub(r"[^\w{}+×]", "", template).lower()
+
+
+@cache
+def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[float]]:
+    """All wordings of one split, and how often each comes up: a kind of asking by the number of its cores.
+
+    One wording in eight is kept out of training, and H lines where a relation has few wordings (small talk).
     """
-    kinds = [kind for kind in read_frames(relation.language).kinds if not kind.unseen]
-    ways, weights = [], []
-    for kind in [*kinds, WHOLE]:
-        cores = relation.cores.get(kind.letter, ())
-        pairs = [(kind, core, frame) for core in cores for frame in kind.frames]
-        pairs = [pair for pair in pairs if (zlib.crc32("".join(pair[1:]).encode()) % 8 == 0) == held_out]
-        ways += pairs
-        weights += [len(cores) / max(len(pairs), 1)] * len(pairs)
-    if held_out and len(ways) < FEW:
-        ways += [(WHOLE, question, "{q}") for question in relation.held_out]
+    templates: list[str] = []
+    weights: list[float] = []
+    for _, letter, frames in [*read_frames(relation.language).kinds, ("whole", "Q", ["{q}"])]:
+        cores = relation.cores.get(letter, ())
+        kind = [framed(core, frame) for core in cores for frame in frames]
+        kind = [text for text in kind if (zlib.crc32(bare(text).encode()) % 8 == 0) == held_out]
+        templates += kind
+        weights += [len(cores) / max(len(kind), 1)] * len(kind)
+    if held_out and len(templates) < FEW:
+        templates += relation.held_out
         weights += [1] * len(relation.held_out)
-    return ways, weights
+    return templates, weights
 
 
 def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
     """A question for the item as somebody might type it, in a wording of the training rows or in a held-out one."""
-    ways, weights = ways_of_asking(item.relation, held_out)
-    (way,) = rng.choices(ways, weights)
-    return dress(compose(*way, item, rng), item, rng)
+    templates, weights = ways_of_asking(item.relation, held_out)
+    (template,) = rng.choices(templates, weights)
+    return dress(fill(template, item, rng), item, rng)
 
 
 def ask_unseen(item: Item, rng: random.Random) -> tuple[str, str]:
-    """(kind, question) in a kind of asking, or a whole question, that no training row has."""
-    kinds = [kind for kind in read_frames(item.relation.language).kinds if kind.unseen]
-    kinds = [kind for kind in kinds if item.relation.cores.get(kind.letter)]
-    kinds += [Kind("unseen whole", "H", ("{q}",))] * bool(item.relation.held_out)
-    kind = rng.choice(kinds)
-    cores = item.relation.held_out if kind.letter == "H" else item.relation.cores[kind.letter]
-    question = compose(kind, rng.choice(cores), rng.choice(kind.frames), item, rng)
-    return kind.name.removeprefix("unseen "), finish(question, item.relation.language)
+    """(kind, question) in a kind of asking, or in a wording of its own (H), that no training row has."""
+    cores = item.relation.cores | {"H": item.relation.held_out}
+    kinds = [*read_frames(item.relation.language).unseen, ("unseen wording", "H", ["{q}"])]
+    name, letter, frames = rng.choice([kind for kind in kinds if cores.get(kind[1])])
+    question = fill(framed(rng.choice(cores[letter]), rng.choice(frames)), item, rng)
+    return name.removeprefix("unseen "), finish(question, item.relation.language)
+
+
+def fill(template: str, item: Item, rng: random.Random) -> str:
+    """The slots filled; the numbers of a sum or product sometimes in words."""
+    slots = item.slots
+    if "x" in slots and not re.search("[+×=*]", template) and rng.random() < IN_WORDS:
+        slots = slots | {name: number_in_words(int(slots[name]), item.relation.language) for name in "xy"}
+    return template.format(**slots)
 
 
 def tell(text: str, item: Item, rng: random.Random) -> str:
     """A sentence of running text that tells the item, sometimes with words of introduction."""
-    return rng.choice(read_frames(item.relation.language).texts).format(q=render(text, item))
-
-
-def compose(kind: Kind, core: str, frame: str, item: Item, rng: random.Random) -> str:
-    """A core in a frame, the slots filled; the numbers of a sum or product sometimes in words."""
-    if "x" in item.slots and not re.search("[+×=*]", core) and rng.random() < IN_WORDS:
-        words = {name: number_in_words(int(item.slots[name]), item.relation.language) for name in "xy"}
-        item = replace(item, slots={**item.slots, **words})
-    if kind.letter != "W":
-        return frame.format(q=core.format(**item.slots))
-    subject, bar, word = core.rpartition(" | ")
-    return frame.format(s=(subject if bar else "{s}").format(**item.slots), w=word.format(**item.slots))
+    return rng.choice(read_frames(item.relation.language).texts).replace("{q}", render(text, item))
 
 
 def dress(question: str, item: Item, rng: random.Random) -> str:
@@ -120,12 +131,16 @@ def dress(question: str, item: Item, rng: random.Random) -> str:
     if item.relation.name.startswith("chat."):
         return slip(question, item, rng) if rng.random() < SLIPPED else question
     frames, space = read_frames(language), " " if language == "en" else ""
+
+    def one_of(texts: list[str]) -> str:
+        return rng.choice([text for text in texts if item.answer.casefold() not in text.casefold()])
+
     if rng.random() < OPENED:
-        opening = rng.choice(frames.openings)
+        opening = one_of(frames.openings)
         keep = opening[-1] in ".!?" or question.startswith(("I ", "I'", *item.slots.values()))
         question = opening + space + (question if keep else question[0].lower() + question[1:])
     if question[-1] in ".?!。？！" and rng.random() < CLOSED:
-        question += space + rng.choice(frames.closings)
+        question += space + one_of(frames.closings)
     question = finish(question, language)
     return slip(question, item, rng) if rng.random() < SLIPPED else question
 

@@ -4,8 +4,9 @@
     python scripts/quickstart.py --stages all              and every later stage, each measured before and after
     python scripts/quickstart.py --stages lora reason      these alone, on the weights that are in --out_dir
 
-On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough. The score is
-taken on questions in phrasings that no training row has. The report goes to out/quickstart.md and out/quickstart.json.
+On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough. Scored are
+held-out wordings, kinds of asking that no training row has, and questions written by people who had not seen the
+grammar; the headline is the lowest of the three. The report goes to out/quickstart.md and out/quickstart.json.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.demo_data import ensure_demo_data
+from dataset.demo_unknown import ANSWER as HONEST
 from dataset.rows import read_jsonl
 from dataset.scoring import answer_all, is_right, reasoned_answer, score_by
 from model.errors import InputError, run_script
@@ -31,7 +33,12 @@ from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
 STUDENT = {"hidden_size": 128, "num_hidden_layers": 3}  # of the distillation
-SHOWN = 12  # sample answers in the report
+SHOWN = 6  # sample answers of each measure in the report
+MEASURES = {
+    "held-out wordings": "sft_val.jsonl",
+    "unseen kinds of asking": "unseen_val.jsonl",
+    "people's own words": "own_words_val.jsonl",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,9 +95,15 @@ class Job:
 
     def share_right(self, model, name: str, max_new_tokens: int = 48) -> float:
         """Share of the questions of a held-out file that a model answers right."""
+        _, _, right = self.answered(model, name, max_new_tokens)
+        return sum(right) / len(right)
+
+    def answered(self, model, name: str, max_new_tokens: int = 48) -> tuple[list[dict], list[str], list[bool]]:
+        """Rows of a held-out file, a model's answers, and which of them are right."""
         rows = self.rows(name)
         answers = answer_all(model, self.tokenizer, rows, max_new_tokens=max_new_tokens)
-        return sum(is_right(text, row["answer"]) for text, row in zip(answers, rows, strict=True)) / len(rows)
+        asked = [row["conversations"][-2]["content"] for row in rows]
+        return rows, answers, [is_right(a, row["answer"], q) for a, row, q in zip(answers, rows, asked, strict=True)]
 
     @cached_property
     def general(self) -> float:
@@ -208,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{stage}: {gain.measure}: {gain.before:.1%} {gain.against}, {gain.after:.1%} after", flush=True)
         if stage in ("pretrain", "sft"):
             report["train_seconds"] = round(time.monotonic() - started, 1)
-        if stage == "sft":  # 2. Score on held-out phrasings
+        if stage == "sft":  # 2. Score on held-out questions
             scores, samples = score(job)
             report |= scores
 
@@ -230,18 +243,24 @@ def main(args: argparse.Namespace) -> None:
 
 
 def score(job: Job) -> tuple[dict, list[dict]]:
-    """The score of the fine-tuned model on all held-out questions, by language and relation, and some answers."""
-    questions = job.rows("sft_val.jsonl")
-    answers = answer_all(job.model("full_sft"), job.tokenizer, questions)
-    right = [is_right(text, row["answer"]) for text, row in zip(answers, questions, strict=True)]
-    job.general = sum(right) / len(right)
-    every = max(len(questions) // SHOWN, 1)
-    samples = [
-        {"question": row["conversations"][-2]["content"], "answer": text, "right": ok}
-        for row, text, ok in list(zip(questions, answers, right, strict=True))[every // 2 :: every]
-    ]
-    by = {f"by_{key}": score_by(questions, right, key) for key in ("language", "relation")}
-    return {"score": job.general, **by}, samples
+    """The fine-tuned model's score on every measure, by relation and language; its honesty; some answers."""
+    model, samples, refused, asked = job.model("full_sft"), [], 0, 0
+    scores: dict = {"scores": {}, "by_relation": {}}
+    for measure, name in MEASURES.items():
+        rows, answers, right = job.answered(model, name)
+        scores["scores"][measure] = sum(right) / len(right)
+        kinds = [{"kind": f"{row['relation']} {row['language']}"} for row in rows]
+        scores["by_relation"][measure] = score_by(kinds, right, "kind")
+        refused += sum(HONEST[row["language"]] in text for row, text in zip(rows, answers, strict=True))
+        asked += len(rows)
+        every = max(len(rows) // SHOWN, 1)
+        samples += [
+            {"measure": measure, "question": row["conversations"][-2]["content"], "answer": text, "right": ok}
+            for row, text, ok in list(zip(rows, answers, right, strict=True))[every // 2 :: every]
+        ]
+    job.general = scores["scores"]["held-out wordings"]
+    honest = job.share_right(model, "unanswerable_val.jsonl")
+    return {"score": min(scores["scores"].values()), "honest": honest, "refused": refused / asked, **scores}, samples
 
 
 def train(script: str, flags: list[str]) -> None:
@@ -256,13 +275,17 @@ def format_report(report: dict, samples: list[dict]) -> str:
     """The report as Markdown."""
     lines = []
     if "score" in report:
-        asked = sum(n for _, n in report["by_language"].values())
-        lines += [f"# Quickstart: {report['score']:.1%} of {asked} held-out questions right", ""]
+        lines += [f"# Quickstart: {report['score']:.1%} of the questions right", ""]
         lines += [f"Trained for {report['train_seconds']:.0f} s on {report['device']}.", ""]
-        lines += ["| | right | asked | |", "|---|---|---|---|"]
-        for name, (right, asked) in (report["by_language"] | report["by_relation"]).items():
-            lines.append(f"| {name} | {right} | {asked} | {right / asked:.0%} |")
-        lines += ["", "| held-out question | answer | |", "|---|---|---|"]
+        lines += ["| measure | right |", "|---|---|"]
+        lines += [f"| {measure} | {share:.1%} |" for measure, share in report["scores"].items()]
+        lines += [f"| unanswerable questions: says that it does not know | {report['honest']:.1%} |"]
+        lines += [f"| answerable questions: says that it does not know | {report['refused']:.1%} |", ""]
+        lines += [f"| right of asked | {' | '.join(report['scores'])} |", "|---|" + "---|" * len(report["scores"])]
+        for name in sorted(report["by_relation"]["held-out wordings"]):
+            counts = [by.get(name, (0, 0)) for by in report["by_relation"].values()]
+            lines.append(f"| {name} | " + " | ".join(f"{right} of {asked}" for right, asked in counts) + " |")
+        lines += ["", "| question | answer | |", "|---|---|---|"]
         for sample in samples:
             question, answer = (sample[key].replace("|", "\\|").replace("\n", " ") for key in ("question", "answer"))
             lines.append(f"| {question} | {answer} | {'right' if sample['right'] else 'wrong'} |")
