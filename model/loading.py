@@ -197,12 +197,7 @@ def load_model(
     raise InputError where they contradict it.
     """
     path = Path(path)
-    wanted = dict(config_overrides or {})
-    if preset is not None:
-        known = MiniMindConfig.from_preset(preset)
-        wanted = {**{name: getattr(known, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS}, **wanted}
-        if "intermediate_size" not in (config_overrides or {}) and "hidden_size" in (config_overrides or {}):
-            del wanted["intermediate_size"]
+    wanted = wanted_sizes(preset, config_overrides or {})
     unknown = sorted(wanted.keys() - set(CONFIG_FIELDS))
     if unknown:
         raise UsageError(f"MiniMindConfig does not know {', '.join(unknown)}: correct or remove it")
@@ -215,6 +210,17 @@ def load_model(
     else:
         model, info = load_pth(path, wanted, dtype, kind)
     return model.to(device).eval(), info
+
+
+def wanted_sizes(preset: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config fields that a caller asks for: overrides, and those of the preset, if any, that weights depend on."""
+    if preset is None:
+        return dict(overrides)
+    known = MiniMindConfig.from_preset(preset)
+    fields = {name: getattr(known, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS}
+    if "hidden_size" in overrides:  # which this one follows
+        del fields["intermediate_size"]
+    return fields | overrides
 
 
 def missing(path: Path) -> str:
