@@ -358,13 +358,16 @@ def check_vocab(
 ) -> None:
     """Raise InputError if the tokenizer has ids that the model has no embedding for, or is not that of the weights.
 
-    path: where the weights come from; recorded: the vocabulary that they were trained with, by default what path tells.
-    Weights that nobody knows it of, such as public ones, pass.
+    path: where the weights come from, None for a new model; recorded: the vocabulary that they were trained with, by
+    default what path tells. Weights that nobody knows it of, such as public ones, pass.
     """
     if len(tokenizer) > config.vocab_size:
+        advice = "use the tokenizer that the model was trained with"
+        if path is None:
+            advice = f"train a tokenizer of that size with scripts/train_tokenizer.py --vocab_size {config.vocab_size}"
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model a vocabulary of "
-            f"{config.vocab_size}: use the tokenizer that the model was trained with"
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the {'' if path else 'new '}model a "
+            f"vocabulary of {config.vocab_size}: {advice}"
         )
     recorded = recorded or (path and recorded_vocabulary(path))
     here = vocabulary_of(tokenizer)

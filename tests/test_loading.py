@@ -512,8 +512,12 @@ def test_broken_folders(tmp_path):
 
 def test_tokenizer(tmp_path, tokenizer):
     check_vocab(tokenizer, MiniMindConfig())
-    with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, the model a vocabulary of 97"):
-        check_vocab(tokenizer, MiniMindConfig(**SIZES))
+    for path, words in (
+        (None, r"the new model a vocabulary of 97: train a tokenizer of .*train_tokenizer\.py --vocab_size 97"),
+        (tmp_path / "a.pth", "the model a vocabulary of 97: use the tokenizer that the model was trained with"),
+    ):
+        with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, {words}"):
+            check_vocab(tokenizer, MiniMindConfig(**SIZES), path)
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
     (tmp_path / "tokenizer.json").write_text("{")
