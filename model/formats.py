@@ -18,6 +18,8 @@ from .model_minimind import MiniMindForCausalLM
 
 QUANTISED = "quantised weights cannot be read, take the original ones"
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before names
+PLAIN_NAMES = {WRAPPERS.pattern: ""}  # the same for from_pretrained(key_mapping=)
+WHOLE = re.compile(r"u?int|q|bool|[IU]\d|BOOL")  # how torch and safetensors begin the names of what is no float
 
 # Settings that weights do not depend on: a caller may choose them anew.
 FREE_FIELDS = {
@@ -68,8 +70,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if not tensor.is_floating_point():  # cast to floats, they would be other weights
             kind = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{path} holds {name} as {kind}: {QUANTISED}")
-    plain = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    if len(plain) < len(state):
+    return without_wrappers(path, state)
+
+
+def without_wrappers(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What stands under the names of tensors, under their plain names; InputError where two become one."""
+    plain = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    if len(plain) < len(tensors):
         raise InputError(f"{path} holds weights both with and without the prefix module. or _orig_mod.: save it again")
     return plain
 
@@ -173,11 +180,11 @@ def load_folder(
         stretch_foreign(config)
     if not own and kind is not MiniMindForCausalLM:
         raise InputError(f"{path} is no folder of MiniMind's own: its config.json has another model_type")
-    refuse_whole_numbers(path)
+    wrapped = check_tensors(path)
     loader = kind if own else AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
-            path, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
+            path, config=config, local_files_only=True, dtype=dtype, output_loading_info=True, key_mapping=PLAIN_NAMES
         )
     except Exception as error:  # safetensors, zip, JSON and shape errors have no common class
         raise InputError(f"{path} cannot be loaded ({reason(error)}): copy or export it again") from error
@@ -187,6 +194,8 @@ def load_folder(
             raise InputError(
                 f"{path} has {problem.replace('_', ' ')} such as {example}: it does not fit its config.json"
             )
+    if wrapped:
+        model._weight_conversions = None  # save_pretrained would put the prefixes on again
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = config.eos_token_id
     if not own:
@@ -196,17 +205,42 @@ def load_folder(
     return model, {"path": str(path), "trained_length": length, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def refuse_whole_numbers(path: Path) -> None:
-    """InputError where a folder's weights are integers, which transformers would cast to floats without a word."""
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safetensors.safe_open(file, "pt") as tensors:
-                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError:  # cut short: who reads the values says so
-            continue
-        for name, kind in kinds.items():
-            if name.endswith("weight") and kind[0] in "IU":
+def check_tensors(path: Path) -> bool:
+    """Whether names in a folder's weights have the prefix of a wrapper.
+
+    InputError for what transformers would take without a word: integers, cast to floats, and two tensors of one name.
+    """
+    kinds = {}
+    for file in weight_files(path):
+        for name, kind in kinds_in(file).items():
+            if name.endswith(("weight", "_proj")) and WHOLE.match(kind):  # others have buffers of whole numbers
                 raise InputError(f"{file} holds {name} as {kind}: {QUANTISED}")
+            kinds[name] = kind
+    return without_wrappers(path, kinds).keys() != kinds.keys()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a folder that transformers reads weights from; none where an index is damaged, which it says."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                return sorted({path / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+            return []
+    return []
+
+
+def kinds_in(file: Path) -> dict[str, str]:
+    """The number format of each tensor in a folder's file; none where it is damaged: who reads the values says so."""
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as tensors:
+                return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        state = torch.load(file, map_location="meta", weights_only=True)
+        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    except Exception:  # as in read_state_dict, and of safetensors
+        return {}
 
 
 def end_ids(path: Path, own: int | list[int] | None) -> int | list[int] | None:

@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError, UsageError
-from .formats import FREE_FIELDS, agree, check_state, load_folder, read_state_dict, sizes_from_shapes
+from .formats import FREE_FIELDS, agree, check_state, load_folder, read_state_dict, reason, sizes_from_shapes
 from .LMConfig import CONFIG_FIELDS, MiniMindConfig
 from .model_minimind import MiniMindForCausalLM
 
 FORMAT = 1  # of the JSON; raised when an older reader would misunderstand it
+NONE = type(None)
+INFO_TYPES: dict[str, tuple[type, ...]] = {  # of the JSON, the parts before what they hold; config checks its own
+    "format": (int,), "tokens_seen": (int, NONE), "trained_length": (int, NONE),
+    "config": (dict,), "config.num_hidden_layers": (int, NONE),
+    "lora": (dict, NONE), "lora.rank": (int,), "lora.alpha": (int, float), "lora.targets": (list,),
+    "base": (dict, NONE), "base.name": (str,), "base.hash": (str,),
+    "vocabulary": (dict, NONE), "vocabulary.tokenizer": (str,), "vocabulary.entries": (int,), "vocabulary.hash": (str,),
+}  # fmt: skip
 
 TRAINED_BY = {
     "pretrain": "train_pretrain.py",
@@ -189,12 +197,7 @@ def load_model(
     raise InputError where they contradict it.
     """
     path = Path(path)
-    wanted = dict(config_overrides or {})
-    if preset is not None:
-        known = MiniMindConfig.from_preset(preset)
-        wanted = {**{name: getattr(known, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS}, **wanted}
-        if "intermediate_size" not in (config_overrides or {}) and "hidden_size" in (config_overrides or {}):
-            del wanted["intermediate_size"]
+    wanted = wanted_sizes(preset, config_overrides or {})
     unknown = sorted(wanted.keys() - set(CONFIG_FIELDS))
     if unknown:
         raise UsageError(f"MiniMindConfig does not know {', '.join(unknown)}: correct or remove it")
@@ -207,6 +210,17 @@ def load_model(
     else:
         model, info = load_pth(path, wanted, dtype, kind)
     return model.to(device).eval(), info
+
+
+def wanted_sizes(preset: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config fields that a caller asks for: overrides, and those of the preset, if any, that weights depend on."""
+    if preset is None:
+        return dict(overrides)
+    known = MiniMindConfig.from_preset(preset)
+    fields = {name: getattr(known, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS}
+    if "hidden_size" in overrides:  # which this one follows
+        del fields["intermediate_size"]
+    return fields | overrides
 
 
 def missing(path: Path) -> str:
@@ -246,18 +260,28 @@ def read_info(path: Path) -> dict[str, Any]:
         return {}
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        known = isinstance(info["config"], dict) and isinstance(info["format"], int)
-        known &= all(isinstance(info.get(name) or 0, int) for name in ("tokens_seen", "trained_length"))
-        known &= isinstance(info.get("lora", {}).get("alpha", 1.0), int | float)
-        parts = {"vocabulary": {"tokenizer", "entries", "hash"}, "base": {"name", "hash"}}
-        known &= all(info[name].keys() >= keys for name, keys in parts.items() if info.get(name))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise InputError(f"{path} is cut short or not the JSON that belongs to weights: copy it again, or remove it")
+        wrong = wrong_type(info)
+    except ValueError as error:
+        wrong = reason(error)
+    if wrong:
+        raise InputError(
+            f"{path} is cut short or not the JSON that belongs to weights ({wrong}): copy it again, or remove it"
+        )
     if info["format"] > FORMAT:
         raise InputError(f"{path} has format {info['format']}, this version reads up to {FORMAT}: update MiniMind")
     return info
+
+
+def wrong_type(info: Any) -> str:
+    """The first value that contradicts INFO_TYPES, in words; empty if none does."""
+    if not isinstance(info, dict):
+        return "no object"
+    for place, kinds in INFO_TYPES.items():
+        part, _, name = place.rpartition(".")
+        holder = info.get(part) if part else info
+        if holder is not None and type(holder.get(name)) not in kinds:  # not isinstance: true is an int there
+            return f"{place} is {json.dumps(holder[name])[:80]}" if name in holder else f"{place} is not there"
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,8 +316,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust reader raises bare Exception
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"the tokenizer in {folder} cannot be read ({reason})") from error
+        raise InputError(f"the tokenizer in {folder} cannot be read ({reason(error)})") from error
 
 
 def open_tokenizer(named: str | Path | None, path: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -335,13 +358,16 @@ def check_vocab(
 ) -> None:
     """Raise InputError if the tokenizer has ids that the model has no embedding for, or is not that of the weights.
 
-    path: where the weights come from; recorded: the vocabulary that they were trained with, by default what path tells.
-    Weights that nobody knows it of, such as public ones, pass.
+    path: where the weights come from, None for a new model; recorded: the vocabulary that they were trained with, by
+    default what path tells. Weights that nobody knows it of, such as public ones, pass.
     """
     if len(tokenizer) > config.vocab_size:
+        advice = "use the tokenizer that the model was trained with"
+        if path is None:
+            advice = f"train a tokenizer of that size with scripts/train_tokenizer.py --vocab_size {config.vocab_size}"
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model a vocabulary of "
-            f"{config.vocab_size}: use the tokenizer that the model was trained with"
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the {'' if path else 'new '}model a "
+            f"vocabulary of {config.vocab_size}: {advice}"
         )
     recorded = recorded or (path and recorded_vocabulary(path))
     here = vocabulary_of(tokenizer)

@@ -218,8 +218,8 @@ def load_lora(model: nn.Module, path: str | Path) -> dict[str, Any]:
             f"({path.parent} holds {', '.join(there) if there else 'no adapters'})"
         )
     state, info = read_state_dict(path), read_info(path.with_suffix(".json"))
-    depth = info.get("config", {}).get("num_hidden_layers")
-    install(model, path, state, KEY, info.get("lora", {}).get("alpha"), depth)
+    depth, settings = info.get("config", {}).get("num_hidden_layers"), info.get("lora") or {}
+    install(model, path, state, KEY, settings.get("alpha"), depth)
     return {**info, "lora": adapter_settings(model), "path": str(path)}
 
 

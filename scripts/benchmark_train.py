@@ -42,7 +42,7 @@ from dataset.demo_data import ensure_demo_data
 from dataset.lm_dataset import IGNORED, PretrainDataset, SFTDataset
 from model.errors import UsageError
 from model.LMConfig import PRESETS, MiniMindConfig
-from model.loading import check_vocab, load_tokenizer
+from model.loading import load_tokenizer
 from model.loss import LOSS_CHUNK
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.devices import DTYPES, pick_device, pick_dtype, synchronize
@@ -143,7 +143,8 @@ class Trainer:
     def endless_batches(self):
         """Yield micro-batches, tensors (B, T), epoch after epoch."""
         args, tokenizer = self.args, load_tokenizer()
-        check_vocab(tokenizer, self.config)
+        if len(tokenizer) > self.config.vocab_size:
+            raise UsageError(f"--vocab_size {self.config.vocab_size} is too small: the tokenizer has {len(tokenizer)}")
         path = args.data_path or ensure_demo_data() / f"{args.stage}.jsonl"
         dataset_class = PretrainDataset if args.stage == "pretrain" else SFTDataset
         dataset = dataset_class(

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.errors import InputError, UsageError, run_script
 from model.foreign import own_config, to_granite, to_llama
-from model.formats import read_state_dict
+from model.formats import PLAIN_NAMES, read_state_dict
 from model.LMConfig import PRESETS, MiniMindConfig
 from model.loading import (
     copy_tokenizer,
@@ -126,7 +126,10 @@ def open_folder(source: Path, target: Path) -> tuple[MiniMindForCausalLM, dict]:
         except UsageError as error:
             raise InputError(f"{source} cannot become a .pth: {error}") from error
     if json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type") != "minimind":
-        judge(target, model, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True))
+        theirs = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True, key_mapping=PLAIN_NAMES
+        )
+        judge(target, model, theirs)
     return model, info
 
 

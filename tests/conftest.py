@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on sys.path, one thread, no network."""
+"""Shared by all tests: the repository on sys.path, one thread, no network, what several of them stand on."""
 
 import os
 import subprocess
@@ -29,6 +29,20 @@ def tokenizer():
     from model.loading import load_tokenizer
 
     return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def dense():
+    from small_engine import make_model
+
+    return make_model()
+
+
+@pytest.fixture(scope="module", params=["dense", "moe", "yarn"])
+def model(request):
+    from small_engine import KINDS, make_model
+
+    return make_model(**KINDS[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_script_prints_a_table_and_writes_json(run_script, folder, tmp_path):
     [
         (["train", "--data_path", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["train", "--batch_size", "5000", *TINY], 2, "--batch_size"),
-        (["train", "--vocab_size", "100", *TINY], 1, "vocabulary of 100"),
+        (["train", "--vocab_size", "100", *TINY], 2, "--vocab_size 100 is too small: the tokenizer has 6400"),
         (["train", "--steps", "0"], 2, "--steps"),
         (["train", "--against", "--nonsense 1"], 2, "--nonsense"),
         ([], 2, "COMMAND"),

@@ -139,13 +139,16 @@ def test_mixed_precision_is_written_as_float32(tmp_path):
     assert torch.equal(theirs.model.norm.weight, state["model.norm.weight"])
 
 
-def test_a_float32_folder_is_rounded_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_float32_folder_is_rounded_and_nothing_else(prefix, tmp_path):
     torch.manual_seed(1)
     config = LlamaConfig(
         **TINY, intermediate_size=64, num_attention_heads=8, vocab_size=300, max_position_embeddings=512
     )
     llama = LlamaForCausalLM(config)
-    llama.save_pretrained(tmp_path / "folder")
+    llama.config.save_pretrained(tmp_path / "folder")
+    named = {prefix + name: value for name, value in llama.state_dict().items()}
+    torch.save(named, tmp_path / "folder" / "pytorch_model.bin")
     convert(tmp_path / "folder", tmp_path / "a_64.pth")
     state, info = torch.load(tmp_path / "a_64.pth", weights_only=True), json.loads((tmp_path / "a_64.json").read_text())
     assert all(torch.equal(value.half(), state[name]) for name, value in llama.state_dict().items())

@@ -12,17 +12,6 @@ from model.errors import UsageError
 from model.foreign import as_minimind, to_granite, to_llama
 from model.generation import Engine, Request
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def model(request):
-    return make_model(**KINDS[request.param])
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return make_model()
-
-
 CLASSES = {  # what the decoder runs, in the class of transformers where there is one
     **{kind: (sizes, None) for kind, sizes in KINDS.items()},
     "not renormalised": ({"use_moe": True, "norm_topk_prob": False, "n_shared_experts": 0}, None),

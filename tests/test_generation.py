@@ -17,17 +17,6 @@ from model.errors import InputError, UsageError
 from model.generation import Engine, Request, TextStream, sample_seed, token_bytes
 from model.LMConfig import MiniMindConfig
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def model(request):
-    return make_model(**KINDS[request.param])
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return make_model()
-
-
 # ------------------------------------------------------------------------------------------------- greedy, transformers
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import loading
 from model.errors import InputError, UsageError
+from model.foreign import to_granite, to_llama
 from model.LMConfig import MiniMindConfig
 from model.loading import check_vocab, find_weights, load_model, load_tokenizer, save_weights, weights_path
 from model.model_lora import attach, export_peft, load_lora
@@ -218,14 +220,55 @@ def test_whole_numbers_are_no_weights(dtype, tmp_path):
         load_model(tmp_path / "public.pth")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
-def test_whole_numbers_in_a_folder_are_no_weights(dtype, tmp_path):
-    make_model().save_pretrained(tmp_path)
-    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    state = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({**state, name: (state[name] * 9).to(dtype)}, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"model\.safetensors holds {name} as \w+: quantised weights"):
+LAYOUTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+CLASSES = {"own": ({}, lambda model: model), "Llama": ({}, to_llama), "Granite": ({"use_moe": True}, to_granite)}
+
+
+def save_folder(folder, kind, layout, change):
+    """A folder of this class whose weights lie in one file or in two with an index -> the model in it."""
+    sizes, convert = CLASSES[kind]
+    model = make_model(**sizes)
+    convert(model).save_pretrained(folder)
+    state = change(safetensors.torch.load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    write = torch.save if ".bin" in layout else safetensors.torch.save_file
+    if not layout.endswith(".json"):
+        write(state, folder / layout)
+        return model
+    suffix = Path(layout.removesuffix(".index.json")).suffix
+    places = {key: f"part{number % 2}{suffix}" for number, key in enumerate(state)}
+    for file in ("part0" + suffix, "part1" + suffix):
+        write({key: state[key] for key in state if places[key] == file}, folder / file)
+    (folder / layout).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_whole_numbers_in_a_folder_are_no_weights(dtype, kind, layout, tmp_path):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_folder(tmp_path, kind, layout, lambda state: {**state, name: (state[name] * 9).to(dtype)})
+    with pytest.raises(InputError, match=rf"{tmp_path}/\S+ holds {name} as \w+: quantised weights"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_in_a_folder_are_taken_off(prefix, kind, layout, tmp_path):
+    def change(state):
+        return {prefix + name: value.clone() for name, value in state.items()}
+
+    model = save_folder(tmp_path, kind, layout, change)
+    again = load_model(tmp_path)[0]
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_model(tmp_path / "again")[0](IDS).logits, again(IDS).logits)
+    (tmp_path / "both").mkdir()
+    save_folder(tmp_path / "both", kind, layout, lambda state: {**state, **change(state)})
+    with pytest.raises(InputError, match="both with and without the prefix"):
+        load_model(tmp_path / "both")
 
 
 WRONG_TYPES = [
@@ -469,8 +512,12 @@ def test_broken_folders(tmp_path):
 
 def test_tokenizer(tmp_path, tokenizer):
     check_vocab(tokenizer, MiniMindConfig())
-    with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, the model a vocabulary of 97"):
-        check_vocab(tokenizer, MiniMindConfig(**SIZES))
+    for path, words in (
+        (None, r"the new model a vocabulary of 97: train a tokenizer of .*train_tokenizer\.py --vocab_size 97"),
+        (tmp_path / "a.pth", "the model a vocabulary of 97: use the tokenizer that the model was trained with"),
+    ):
+        with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, {words}"):
+            check_vocab(tokenizer, MiniMindConfig(**SIZES), path)
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
     (tmp_path / "tokenizer.json").write_text("{")

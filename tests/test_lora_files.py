@@ -242,6 +242,35 @@ def test_the_weights_that_an_adapter_names(tmp_path):
     assert "is not known" in base_note(info, tmp_path, "c")  # a folder of the same weights has another hash
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("lora.rank", "eight", 'lora.rank is "eight"'),
+        ("lora.rank", 4.0, "lora.rank is 4.0"),
+        ("lora.alpha", None, "lora.alpha is null"),
+        ("lora.alpha", True, "lora.alpha is true"),
+        ("lora.targets", 5, "lora.targets is 5"),
+        ("lora", ["q_proj"], r'lora is \["q_proj"\]'),
+        ("lora", {"rank": 4}, "lora.alpha is not there"),
+        ("base", "full_sft_64.pth", 'base is "full_sft_64.pth"'),
+        ("base.name", 5, "base.name is 5"),
+        ("base.hash", None, "base.hash is null"),
+        ("config.num_hidden_layers", "two", 'config.num_hidden_layers is "two"'),
+        ("vocabulary", 6400, "vocabulary is 6400"),
+        ("", [1], "no object"),
+    ],
+)
+def test_wrong_types_in_the_json_of_an_adapter_are_named(place, value, said, tmp_path):
+    path = saved(tmp_path, base={"name": "full_sft_64.pth", "hash": "b"}).with_suffix(".json")
+    part, _, name = place.rpartition(".")
+    info = json.loads(path.read_text(encoding="utf-8"))
+    (info[part] if part else info)[name] = value
+    path.write_text(json.dumps(info if place else value))
+    with pytest.raises(InputError, match=rf"{path} is cut short or not the JSON .*\({said}\): copy") as caught:
+        load_lora(base_model(), path.with_suffix(".pth"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("size", [0, 100, 0.5, 0.99])
 def test_truncated_files_are_refused_by_name(size, tmp_path):
     path = saved(tmp_path)

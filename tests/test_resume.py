@@ -25,6 +25,7 @@ from trainer.runtime.checkpoint import agree, find_checkpoint, read_checkpoint, 
 TINY = ["--device=cpu", "--dtype=float32", "--max_seq_len=64", "--packing=0", "--log_interval=3", "--eval_interval=5"]
 STEPS = 16  # of 8 rows; an epoch of 36 rows has 5
 NAME = "pretrain_64"
+SAME_SIZE = "--hidden_size=64 --num_hidden_layers=2"
 
 
 def write_rows(path, rows):
@@ -236,6 +237,8 @@ def test_a_finished_run_can_be_lengthened(home, finished, capsys):
         ("--optimizer=adamw", ("--optimizer muon", "now it is adamw")),
         ("--num_hidden_layers=4", ("num_hidden_layers 2", "now it is 4")),
         ("--preset=minimind2", ("",)),
+        (f"{SAME_SIZE} --preset=minimind-v1-small", ("num_attention_heads 8", "now it is 16")),
+        (f"{SAME_SIZE} --preset=minimind2-moe --use_moe=0 --num_hidden_layers=3", ("num_hidden_layers 2", "it is 3")),
     ],
 )
 def test_other_settings_are_refused(flag, sides, home, finished, capsys):
@@ -243,8 +246,13 @@ def test_other_settings_are_refused(flag, sides, home, finished, capsys):
         code, out, _ = ends(train_pretrain, flags_of(home, finished, "--from_resume", flag), capsys)
         assert code == 1 and "no checkpoint of pretrain to resume" in out
         return
-    err = refused(home, finished, capsys, flag)
+    err = refused(home, finished, capsys, *flag.split())
     assert "_resume.pth was written with" in err and all(side in err for side in sides)
+
+
+def test_the_preset_that_a_run_began_with_goes_on(home, finished, capsys):
+    flags = [*SAME_SIZE.split(), "--preset=minimind2-small", f"--max_steps={STEPS}"]
+    assert "this run ended after step 16" in refused(home, finished, capsys, *flags)
 
 
 def test_changed_data_is_refused(home, finished, capsys, tmp_path):

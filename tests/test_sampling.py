@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from pretended_cuda import PretendedCuda
-from small_engine import make_model, make_prompts, plain_distribution
+from small_engine import make_prompts, plain_distribution
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -17,12 +17,6 @@ from transformers.generation.logits_process import (
 
 from model.generation import Engine, Request, sample_seed
 from model.sampling import Sampler, penalise
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return make_model()
-
 
 SETTINGS = [
     {"temperature": 0.6},

@@ -20,6 +20,7 @@ from model.loading import (
     open_tokenizer,
     take_special_ids,
     vocabulary_of,
+    wanted_sizes,
     weights_path,
 )
 from model.model_minimind import MiniMindForCausalLM
@@ -120,9 +121,7 @@ def resumed_model(path: Path, args: argparse.Namespace, run: Run) -> MiniMindFor
     print(f"resuming from {path}")
     run.checkpoint = read_checkpoint(path)
     config = MiniMindConfig(**run.checkpoint["config"])
-    preset = MiniMindConfig.from_preset(args.preset, **given_sizes(args)) if args.preset else None
-    asked = {key: getattr(preset, key) for key in ("hidden_size", "num_hidden_layers", "use_moe")} if preset else {}
-    asked |= given_sizes(args)
+    asked = wanted_sizes(args.preset, given_sizes(args))
     agree(path, {key: getattr(config, key) for key in asked}, asked)
     place = run.checkpoint["place"]
     run.step, run.epoch, run.row, run.tokens = (place[key] for key in ("step", "epoch", "row", "tokens"))
