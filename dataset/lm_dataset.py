@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.chat import EncodedConversation, encode_conversations
+from dataset.chat import EncodedConversation, chat_template, encode_conversations
 from dataset.rows import row_conversation, row_pair, row_text
 from dataset.token_cache import Encoded, TokenCache, tokenize_file
 from dataset.token_cache import file_hash as file_hash  # also found here
@@ -232,7 +232,7 @@ class SFTDataset(PackedDataset):
         def encode(tokenizer, conversations):
             return encode_chats(tokenizer, conversations, max_seq_len)
 
-        settings = f"sft {max_seq_len}"
+        settings = f"sft {max_seq_len} {chat_template()}"
         cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_conversation, encode, masked=True)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
         self.tell(f"conversations have no answer within {max_seq_len} tokens", max_seq_len)
@@ -251,9 +251,8 @@ class DPODataset(PackedDataset):
             return encode_pairs(tokenizer, pairs, max_seq_len)
 
         self.reference: np.ndarray | None = None
-        cache = tokenize_file(
-            Path(path), tokenizer, Path(cache_dir), f"dpo {max_seq_len}", row_pair, encode, masked=True
-        )
+        settings = f"dpo {max_seq_len} {chat_template()}"
+        cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_pair, encode, masked=True)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
         half = max_seq_len // 2
         self.tell(f"pairs have no two different answers within {half} tokens each", half)
