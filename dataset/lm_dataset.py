@@ -40,14 +40,15 @@ def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
 def fit_conversation(encoded: EncodedConversation, max_seq_len: int) -> Encoded | None:
     """Cut a conversation to max_seq_len tokens: after its last whole exchange that fits, else inside its first answer.
 
-    An answer that is cut has no end token, so that nobody learns to stop in mid-sentence. None if no target is left.
+    A turn fits without the newline behind its end token. An answer that is cut has no end token, so that nobody learns
+    to stop in mid-sentence. None if no target is left.
     """
-    ids, labels, turn_ends = encoded
-    if len(ids) > max_seq_len:
-        ends = [end for end in turn_ends if end <= max_seq_len and any(label != IGNORED for label in labels[:end])]
-        cut = max(ends, default=max_seq_len)
-        ids, labels = ids[:cut], labels[:cut]
-    is_target = [label != IGNORED for label in labels]
+    ids, is_target = encoded.ids, [label != IGNORED for label in encoded.labels]
+    if len(ids) > max_seq_len and any(is_target):
+        first = next(end for end in encoded.turn_ends if any(is_target[:end]))  # of the turns that are learned
+        newline = is_target[:first][::-1].index(True)
+        cut = max((end for end in encoded.turn_ends if first <= end <= max_seq_len + newline), default=max_seq_len)
+        ids, is_target = ids[: min(cut, max_seq_len)], is_target[: min(cut, max_seq_len)]
     return Encoded(ids, is_target, lost=len(encoded.ids) - len(ids)) if any(is_target) else None
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset.rows import read_jsonl, unread_keys
 from model.errors import InputError
 
-FORMAT_VERSION = 2  # part of the cache key: raise it when the meaning of a cached file changes
+FORMAT_VERSION = 3  # part of the cache key: raise it when the meaning of a cached file changes
 ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 60 times the bytes
 MOST_KEYS = 20  # unread keys that are told
 LEFTOVER_AGE = 24 * 3600  # seconds since anything was written: whoever did is dead

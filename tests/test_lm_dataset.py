@@ -139,7 +139,7 @@ def test_packing_finds_an_exact_fit():
 def test_conversation_is_cut_after_a_whole_exchange(tokenizer):
     turns = chat("一?", "甲乙丙")["conversations"] + chat("二?", "丁" * 300)["conversations"]
     encoded = encode_conversation(tokenizer, turns)
-    kept = fit_conversation(encoded, len(encoded.ids) - 1)
+    kept = fit_conversation(encoded, len(encoded.ids) - 2)
     first, _, _ = encode_conversation(tokenizer, turns[:2])
     question_end = encoded.turn_ends[-2]  # the second question fits too and does no harm
     assert kept.ids in (first, encoded.ids[:question_end])
@@ -157,6 +157,16 @@ def test_an_exchange_that_fits_exactly_is_kept_whole(tokenizer):
     longer = encode_conversation(tokenizer, turns + chat("二" * 20 + "?", "丁" * 300)["conversations"])
     kept = fit_conversation(longer, len(alone.ids))
     assert (kept.ids, kept.lost) == (alone.ids, len(longer.ids) - len(alone.ids))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_exchange_that_fits_without_its_last_newline_is_kept(more, tokenizer):
+    turns = chat("一?", "甲乙丙")["conversations"] + chat("三?", "戊己")["conversations"]
+    whole = encode_conversation(tokenizer, turns)
+    longer = encode_conversation(tokenizer, turns + more * chat("二?", "丁" * 300)["conversations"])
+    kept = fit_conversation(longer, len(whole.ids) - 1)
+    assert kept.ids == whole.ids[:-1] and kept.lost == len(longer.ids) - len(kept.ids)
+    assert kept.ids[-1] == tokenizer.eos_token_id and kept.is_target == [label != -100 for label in whole.labels[:-1]]
 
 
 def test_an_exchange_whose_answer_is_not_learned_is_not_the_last_one_kept_alone(tokenizer):
