@@ -9,12 +9,16 @@ attention_mask is 0 on padding and k = 1, 2, ... on the k-th document of the row
 positions start at 0.
 """
 
+import re
+from array import array
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import Dataset
 
 from dataset.chat import EncodedConversation, chat_template, encode_conversations
@@ -23,6 +27,8 @@ from dataset.token_cache import Encoded, TokenCache, tokenize_file
 from dataset.token_cache import file_hash as file_hash  # also found here
 
 IGNORED = -100
+PIECE = 1 << 18  # characters of a text that the tokenizer is given at once; it takes 100 times the bytes
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 BLANK = -1  # number of a row of padding, for a process that has no row left in a step
 
 
@@ -30,11 +36,41 @@ def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
     """Pretraining documents: <|im_start|> text <|im_end|>, each once even where the text brings its own."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     documents = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        ids = encoding.ids
-        ids = ids if ids[:1] == [bos] else [bos, *ids]
-        documents.append(Encoded(ids if ids[-1:] == [eos] else [*ids, eos], None))
+    for ids in encode_plain(tokenizer.backend_tokenizer, texts):
+        if list(ids[:1]) != [bos]:
+            ids.insert(0, bos)
+        if ids[-1] != eos:
+            ids.append(eos)
+        documents.append(Encoded(ids, None))
     return documents
+
+
+def encode_plain(backend: Tokenizer, texts: list[str]) -> Iterator[list[int] | array]:
+    """The ids of each text. One that is longer than PIECE is tokenized in pieces, where the ids are the same."""
+    if max(map(len, texts)) <= PIECE or not parts_at_line_ends(backend):
+        yield from (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+        return
+    for text in texts:
+        ids, begin = array("I"), 0
+        while begin < len(text):
+            cut = LINE_END.search(text, begin + PIECE)
+            end = cut.start() if cut else len(text)
+            ids.extend(backend.encode_batch_fast([text[begin:end]], add_special_tokens=False)[0].ids)
+            begin = end
+        yield ids
+
+
+def parts_at_line_ends(backend: Tokenizer) -> bool:
+    """Whether no token reaches over a single newline between two other characters, and none knows what is beyond it.
+
+    It is so of GPT-2's splitting into words, as long as no added token takes blanks or newlines in.
+    """
+    words, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
+    return (
+        isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
+        and backend.normalizer is None and backend.truncation is None and backend.padding is None
+        and not any(token.lstrip or token.rstrip or "\n" in token.content for token in added)
+    )  # fmt: skip
 
 
 def fit_conversation(encoded: EncodedConversation, max_seq_len: int) -> Encoded | None:

@@ -26,7 +26,7 @@ from dataset.rows import read_jsonl, unread_keys
 from model.errors import InputError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the meaning of a cached file changes
-ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 60 times the bytes
+ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 100 times the bytes
 MOST_KEYS = 20  # unread keys that are told
 LEFTOVER_AGE = 24 * 3600  # seconds since anything was written: whoever did is dead
 
@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
     lost: how many tokens were cut off.
     """
 
-    ids: list[int]
+    ids: list[int] | array
     is_target: list[bool] | None
     border: int | None = None
     lost: int = 0
