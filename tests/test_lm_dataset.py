@@ -236,8 +236,8 @@ def test_text_that_brings_its_own_end_tokens_gets_no_second_ones(tmp_path, token
 
 
 PIECES = [
-    *"ab1你。!\t ", "\n", "\n", "\n\n", "a\nb", "\r\n", "  ", "\x1c", "\x85", "\u2028", "\u3000", " 42", "7", "'s", "人工",
-    "<|im_end|>", "<|im_start|>", "<think>", "|>", " the", "    x",
+    *"ab1你。!\t ", "\n", "\n", "\n\n", "a\nb", "\r\n", "  ", "\x1c", "\x85", "\u2028", "\u3000", " 42", "7", "'s",
+    "人工", "<|im_end|>", "<|im_start|>", "<think>", "|>", " the", "    x",
 ]  # fmt: skip
 
 
