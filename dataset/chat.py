@@ -36,8 +36,8 @@ LEARN_KEYS = ("weight", "train", "loss_mask")  # 0 or false: an assistant turn t
 IGNORED = -100
 
 # render() below once more, for programs that only know chat templates, with the refusals of validate_conversation. Here
-# tools and calls cannot be JSON text, the names of control tokens in a text are not defused, and nobody marks a turn as
-# not learned. All newlines are written out: no trim setting matters.
+# tools and calls cannot be JSON text, and the names of control tokens in a text are not defused. All newlines are
+# written out: no trim setting matters. What generation tags enclose, transformers' assistant mask marks as learned.
 TEMPLATE = """
 {%- set first = messages[0] if messages[0].role in ['system', 'developer'] else {} -%}
 {%- set offered = tools or first.tools or first.functions or [] -%}
@@ -90,7 +90,7 @@ TEMPLATE = """
             {{- raise_exception('tool_calls must be a list: parse the JSON text first') -}}
         {%- endif -%}
         {{- '<|im_start|>assistant\\n' -}}
-        {%- generation -%}
+        {%- set reply -%}
         {%- if message.reasoning_content -%}
             {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}
         {%- endif -%}
@@ -109,7 +109,14 @@ TEMPLATE = """
             {{- '}\\n</tool_call>' -}}
         {%- endfor -%}
         {{- '<|im_end|>' -}}
-        {%- endgeneration -%}
+        {%- endset -%}
+        {%- if 0 in [message.weight, message.train, message.loss_mask] -%}
+            {{- reply -}}
+        {%- else -%}
+            {%- generation -%}
+            {{- reply -}}
+            {%- endgeneration -%}
+        {%- endif -%}
         {{- '\\n' -}}
     {%- endif -%}
 {%- endfor -%}

@@ -9,20 +9,26 @@ attention_mask is 0 on padding and k = 1, 2, ... on the k-th document of the row
 positions start at 0.
 """
 
+import re
+from array import array
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import Dataset
 
-from dataset.chat import EncodedConversation, encode_conversations
+from dataset.chat import EncodedConversation, chat_template, encode_conversations
 from dataset.rows import row_conversation, row_pair, row_text
 from dataset.token_cache import Encoded, TokenCache, tokenize_file
 from dataset.token_cache import file_hash as file_hash  # also found here
 
 IGNORED = -100
+PIECE = 1 << 18  # characters of a text that the tokenizer is given at once; it takes 100 times the bytes
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 BLANK = -1  # number of a row of padding, for a process that has no row left in a step
 
 
@@ -30,24 +36,55 @@ def encode_texts(tokenizer, texts: list[str]) -> list[Encoded]:
     """Pretraining documents: <|im_start|> text <|im_end|>, each once even where the text brings its own."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     documents = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        ids = encoding.ids
-        ids = ids if ids[:1] == [bos] else [bos, *ids]
-        documents.append(Encoded(ids if ids[-1:] == [eos] else [*ids, eos], None))
+    for ids in encode_plain(tokenizer.backend_tokenizer, texts):
+        if list(ids[:1]) != [bos]:
+            ids.insert(0, bos)
+        if ids[-1] != eos:
+            ids.append(eos)
+        documents.append(Encoded(ids, None))
     return documents
+
+
+def encode_plain(backend: Tokenizer, texts: list[str]) -> Iterator[list[int] | array]:
+    """The ids of each text. One that is longer than PIECE is tokenized in pieces, where the ids are the same."""
+    if max(map(len, texts)) <= PIECE or not parts_at_line_ends(backend):
+        yield from (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+        return
+    for text in texts:
+        ids, begin = array("I"), 0
+        while begin < len(text):
+            cut = LINE_END.search(text, begin + PIECE)
+            end = cut.start() if cut else len(text)
+            ids.extend(backend.encode_batch_fast([text[begin:end]], add_special_tokens=False)[0].ids)
+            begin = end
+        yield ids
+
+
+def parts_at_line_ends(backend: Tokenizer) -> bool:
+    """Whether no token reaches over a single newline between two other characters, and none knows what is beyond it.
+
+    It is so of GPT-2's splitting into words, as long as no added token takes blanks or newlines in.
+    """
+    words, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
+    return (
+        isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
+        and backend.normalizer is None and backend.truncation is None and backend.padding is None
+        and not any(token.lstrip or token.rstrip or "\n" in token.content for token in added)
+    )  # fmt: skip
 
 
 def fit_conversation(encoded: EncodedConversation, max_seq_len: int) -> Encoded | None:
     """Cut a conversation to max_seq_len tokens: after its last whole exchange that fits, else inside its first answer.
 
-    An answer that is cut has no end token, so that nobody learns to stop in mid-sentence. None if no target is left.
+    A turn fits without the newline behind its end token. An answer that is cut has no end token, so that nobody learns
+    to stop in mid-sentence. None if no target is left.
     """
-    ids, labels, turn_ends = encoded
-    if len(ids) > max_seq_len:
-        ends = [end for end in turn_ends if end <= max_seq_len and any(label != IGNORED for label in labels[:end])]
-        cut = max(ends, default=max_seq_len)
-        ids, labels = ids[:cut], labels[:cut]
-    is_target = [label != IGNORED for label in labels]
+    ids, is_target = encoded.ids, [label != IGNORED for label in encoded.labels]
+    if len(ids) > max_seq_len and any(is_target):
+        first = next(end for end in encoded.turn_ends if any(is_target[:end]))  # of the turns that are learned
+        newline = is_target[:first][::-1].index(True)
+        cut = max((end for end in encoded.turn_ends if first <= end <= max_seq_len + newline), default=max_seq_len)
+        ids, is_target = ids[: min(cut, max_seq_len)], is_target[: min(cut, max_seq_len)]
     return Encoded(ids, is_target, lost=len(encoded.ids) - len(ids)) if any(is_target) else None
 
 
@@ -232,7 +269,7 @@ class SFTDataset(PackedDataset):
         def encode(tokenizer, conversations):
             return encode_chats(tokenizer, conversations, max_seq_len)
 
-        settings = f"sft {max_seq_len}"
+        settings = f"sft {max_seq_len} {chat_template()}"
         cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_conversation, encode, masked=True)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
         self.tell(f"conversations have no answer within {max_seq_len} tokens", max_seq_len)
@@ -251,9 +288,8 @@ class DPODataset(PackedDataset):
             return encode_pairs(tokenizer, pairs, max_seq_len)
 
         self.reference: np.ndarray | None = None
-        cache = tokenize_file(
-            Path(path), tokenizer, Path(cache_dir), f"dpo {max_seq_len}", row_pair, encode, masked=True
-        )
+        settings = f"dpo {max_seq_len} {chat_template()}"
+        cache = tokenize_file(Path(path), tokenizer, Path(cache_dir), settings, row_pair, encode, masked=True)
         super().__init__(cache, max_seq_len, tokenizer.pad_token_id, packing, seed)
         half = max_seq_len // 2
         self.tell(f"pairs have no two different answers within {half} tokens each", half)

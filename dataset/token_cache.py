@@ -1,9 +1,9 @@
 """A data file's token ids on disk, made once: an mmap away for every later run, process and worker.
 
-The folder of a cache is named by a hash of all that its content follows from: the file's content, the tokenizer, the
-settings of the rows, FORMAT_VERSION. So a file may be far larger than memory. What is named is whole: it is written
-beside, flushed to the disk, then renamed; the meta data holds the size of every file, and where one differs (a power
-cut, a half copy) the cache is made anew.
+The folder of a cache is named by a hash of all that its content follows from: the file's content, the tokenizer with
+its first and last token, the settings of the rows, FORMAT_VERSION. So a file may be far larger than memory. What is
+named is whole: it is written beside, flushed to the disk, then renamed; the meta data holds the size of every file, and
+where one differs (a power cut, a half copy) the cache is made anew.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ from tqdm import tqdm
 from dataset.rows import read_jsonl, unread_keys
 from model.errors import InputError
 
-FORMAT_VERSION = 2  # part of the cache key: raise it when the meaning of a cached file changes
-ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 60 times the bytes
+FORMAT_VERSION = 3  # part of the cache key: raise it when the meaning of a cached file changes
+ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 100 times the bytes
 MOST_KEYS = 20  # unread keys that are told
+LEFTOVER_AGE = 24 * 3600  # seconds since anything was written: whoever did is dead
 
 
 class Encoded(NamedTuple):
@@ -36,7 +37,7 @@ class Encoded(NamedTuple):
     lost: how many tokens were cut off.
     """
 
-    ids: list[int]
+    ids: list[int] | array
     is_target: list[bool] | None
     border: int | None = None
     lost: int = 0
@@ -69,6 +70,7 @@ class TokenCache:
             try:
                 with open(scratch, "wb") as file:
                     np.save(file, values)
+                remove_leftovers(scratch)
                 flush(scratch)
                 scratch.replace(path)
             finally:
@@ -95,13 +97,13 @@ def tokenize_file(
     if not path.is_file():
         next(read_jsonl(path))  # raises the sentence that fits
     data_hash = file_hash(path)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    key = hashlib.blake2b(f"{FORMAT_VERSION}|{data_hash}|{settings}|{vocabulary}".encode(), digest_size=16).hexdigest()
+    key = cache_key(data_hash, tokenizer, settings)
     folder = cache_dir / key
     if is_whole(folder):
         return TokenCache(folder, path)
     scratch = cache_dir / f"{key}.{uuid.uuid4().hex}.tmp"  # containers may share both a folder and a process number
     scratch.mkdir(parents=True)
+    remove_leftovers(scratch)
     with ended_by_sigterm():
         try:
             dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
@@ -115,6 +117,26 @@ def tokenize_file(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return TokenCache(folder, path)
+
+
+def cache_key(data_hash: str, tokenizer, settings: str) -> str:
+    """The name of a cache, 32 hex digits. The id of padding is not in it: nothing is padded here."""
+    backend = tokenizer.backend_tokenizer
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id  # a tokenizer's configuration names them, not its vocabulary
+    parts = [FORMAT_VERSION, data_hash, settings, *ends, backend.encode_special_tokens, backend.to_str()]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def remove_leftovers(scratch: Path) -> None:
+    """Remove what killed runs were writing beside `scratch`, which was just made, and nobody has touched for a day.
+
+    A lock would not tell sooner: not every shared folder has them. The day is one by the clock of the file system.
+    """
+    now = scratch.stat().st_mtime
+    for path in scratch.parent.glob(f"*.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError):  # another run removes it too
+            if now - max(file.stat().st_mtime for file in (path, *path.glob("*"))) > LEFTOVER_AGE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_whole(folder: Path) -> bool:

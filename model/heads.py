@@ -50,9 +50,10 @@ class MiniMindForScoring(MiniMindPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_bounds: Tensor | None = None,
     ) -> ScoringOutput:
-        """input_ids (B, T), attention_mask (B, T) as in MiniMindModel -> scores (B, T) float32."""
-        out = self.model(input_ids, attention_mask, position_ids)
+        """input_ids (B, T), attention_mask (B, T) and what else MiniMindForCausalLM takes -> scores (B, T) float32."""
+        out = self.model(input_ids, attention_mask, position_ids, bounds=document_bounds)
         with torch.autocast(out.last_hidden_state.device.type, enabled=False):  # bfloat16 would round scores to 1%
             scores = nn.functional.linear(out.last_hidden_state.float(), self.score.weight.float())[..., 0]
         return ScoringOutput(scores=scores, aux_loss=out.aux_loss, expert_load=out.expert_load)

@@ -136,6 +136,7 @@ def test_a_turn_may_be_read_and_not_learned(key, value):
     assert learned == ("four<|im_end|>" if value is not None and not value else "five<|im_end|>four<|im_end|>")
     last = encoded.turn_ends[-2]
     assert encoded.labels[last:] == plain.labels[last:]
+    check_against_template(marked)
 
 
 def test_an_answer_that_is_not_learned_is_scored_all_the_same():

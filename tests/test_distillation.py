@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +18,7 @@ from model.model_minimind import MiniMindForCausalLM
 from trainer import train_distillation, train_full_sft
 from trainer.runtime import start
 from trainer.runtime.start import build_model
-from trainer.runtime.steps import MODEL_INPUTS, MicroBatch
+from trainer.runtime.steps import MODEL_INPUTS, MicroBatch, collate
 from trainer.train_distillation import distillation_loss, find_targets, losses_at_targets, read, teach
 
 SEQ = 160
@@ -100,7 +101,7 @@ def dataset(home, tokenizer, packing=True):
 
 
 def batch_of(rows):
-    inputs = {name: torch.stack([row[name] for row in rows]) for name in MODEL_INPUTS if name in rows[0]}
+    inputs = {name: values for name, values in collate(rows).items() if name in MODEL_INPUTS}
     return MicroBatch(list(range(len(rows))), inputs, {}, 0, 0)
 
 
@@ -204,6 +205,25 @@ def test_a_packed_row_has_the_loss_of_its_documents_alone(kind, chunk, home, tok
     wanted = torch.autograd.grad(sum(expected), list(student.parameters()))
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_a_gpu_is_never_waited_for(home, tokenizer, monkeypatch):
+    """Targets and the borders of documents were found before the batch was there."""
+    packed = dataset(home, tokenizer)
+    batch, teacher = batch_of([packed[i] for i in range(2)]), load_model(home / "out" / TEACHER)[0]
+    student = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).train()
+    monkeypatch.setattr("model.model_minimind.document_bounds", lambda mask: pytest.fail("it reads values"))
+
+    def step():
+        targets = find_targets(batch)
+        logits = read(student, batch, targets).logits
+        losses, _, _ = losses_at_targets(logits, teach(teacher, batch, targets), targets, 0.5, 1.0)
+        losses.sum().backward()
+
+    step()  # by documents
+    with PretendedCuda() as gpu:
+        step()
+    assert gpu.host_reads == 0
 
 
 def test_no_float32_copy_of_all_targets_is_kept(home, tokenizer):

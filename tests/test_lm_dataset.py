@@ -1,17 +1,25 @@
 """Packing, caching, truncation and the refusal of bad rows."""
 
 import json
+from functools import lru_cache
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from dataset import lm_dataset
 from dataset.chat import encode_conversation
 from dataset.lm_dataset import (
     BLANK,
     DPODataset,
     PretrainDataset,
     SFTDataset,
+    encode_texts,
     fit_conversation,
     pack_rows,
     sum_by_pair,
@@ -20,6 +28,7 @@ from dataset.lm_dataset import (
 from dataset.rows import read_jsonl
 from model.errors import InputError
 from model.LMConfig import MiniMindConfig
+from model.loading import load_tokenizer
 from model.model_minimind import MiniMindForCausalLM
 
 TEXTS = [f"第{i}句话。" + "The quick brown fox jumps over the lazy dog. " * (i % 5) for i in range(40)]
@@ -139,7 +148,7 @@ def test_packing_finds_an_exact_fit():
 def test_conversation_is_cut_after_a_whole_exchange(tokenizer):
     turns = chat("一?", "甲乙丙")["conversations"] + chat("二?", "丁" * 300)["conversations"]
     encoded = encode_conversation(tokenizer, turns)
-    kept = fit_conversation(encoded, len(encoded.ids) - 1)
+    kept = fit_conversation(encoded, len(encoded.ids) - 2)
     first, _, _ = encode_conversation(tokenizer, turns[:2])
     question_end = encoded.turn_ends[-2]  # the second question fits too and does no harm
     assert kept.ids in (first, encoded.ids[:question_end])
@@ -157,6 +166,16 @@ def test_an_exchange_that_fits_exactly_is_kept_whole(tokenizer):
     longer = encode_conversation(tokenizer, turns + chat("二" * 20 + "?", "丁" * 300)["conversations"])
     kept = fit_conversation(longer, len(alone.ids))
     assert (kept.ids, kept.lost) == (alone.ids, len(longer.ids) - len(alone.ids))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_exchange_that_fits_without_its_last_newline_is_kept(more, tokenizer):
+    turns = chat("一?", "甲乙丙")["conversations"] + chat("三?", "戊己")["conversations"]
+    whole = encode_conversation(tokenizer, turns)
+    longer = encode_conversation(tokenizer, turns + more * chat("二?", "丁" * 300)["conversations"])
+    kept = fit_conversation(longer, len(whole.ids) - 1)
+    assert kept.ids == whole.ids[:-1] and kept.lost == len(longer.ids) - len(kept.ids)
+    assert kept.ids[-1] == tokenizer.eos_token_id and kept.is_target == [label != -100 for label in whole.labels[:-1]]
 
 
 def test_an_exchange_whose_answer_is_not_learned_is_not_the_last_one_kept_alone(tokenizer):
@@ -214,6 +233,79 @@ def test_text_that_brings_its_own_end_tokens_gets_no_second_ones(tmp_path, token
     path = write_rows(tmp_path / "f.jsonl", [{"text": "<|im_start|>你好<|im_end|>"}])
     ids = PretrainDataset(path, tokenizer, 64, tmp_path / "cache").cache.ids.tolist()
     assert ids.count(tokenizer.bos_token_id) == 1 and ids.count(tokenizer.eos_token_id) == 1
+
+
+PIECES = [
+    *"ab1你。!\t ", "\n", "\n", "\n\n", "a\nb", "\r\n", "  ", "\x1c", "\x85", "\u2028", "\u3000", " 42", "7", "'s",
+    "人工", "<|im_end|>", "<|im_start|>", "<think>", "|>", " the", "    x",
+]  # fmt: skip
+
+
+@lru_cache
+def tokenizers():
+    """The shipped one, and one with entries of several blanks and newlines."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    texts = ["x\n\n\n\n\n  y\r\n\r\n\n", "a\n\n", "a \n \n \nb", "!\n.\n\t\t\n 人工\n"]
+    inner.train_from_iterator(texts * 50, trainer)
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    return load_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@given(text=st.lists(st.sampled_from(PIECES), min_size=1, max_size=40).map("".join), size=st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_a_huge_text_is_tokenized_in_pieces_with_the_ids_of_the_whole(which, text, size):
+    tokenizer, texts = tokenizers()[which], ["short", text, "x\ny" * 9]
+    with mock.patch.object(lm_dataset, "PIECE", 1000):
+        whole = encode_texts(tokenizer, texts)
+    with mock.patch.object(lm_dataset, "PIECE", size):
+        assert [list(document.ids) for document in encode_texts(tokenizer, texts)] == [d.ids for d in whole]
+
+
+class Backend:
+    """A tokenizer's, which notes what it is given at once."""
+
+    def __init__(self, backend):
+        self.backend, self.given = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, texts, **keys):
+        self.given += texts
+        return self.backend.encode_batch_fast(texts, **keys)
+
+
+def test_a_huge_text_is_cut_only_at_single_newlines_in_a_line_of_words(monkeypatch):
+    monkeypatch.setattr(lm_dataset, "PIECE", 4)
+    backend = Backend(load_tokenizer().backend_tokenizer)
+    list(lm_dataset.encode_plain(backend, ["a\nbcd\nef \ng\n\nhi\n j\nk\nlmnopq\nr"]))
+    assert backend.given == ["a\nbcd", "\nef \ng\n\nhi\n j", "\nk\nlmnopq", "\nr"]
+
+
+OTHERS = {
+    "normalizer": lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+    "other words": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(False, use_regex=False)),
+    "blank in front": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(True)),
+    "no bytes": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()),
+    "takes blanks in": lambda backend: backend.add_tokens([AddedToken("<tag>", rstrip=True)]),
+    "token of newlines": lambda backend: backend.add_tokens([AddedToken("a\nb")]),
+    "cut short": lambda backend: backend.enable_truncation(3),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_tokenizers_are_given_a_huge_text_whole(change, monkeypatch):
+    monkeypatch.setattr(lm_dataset, "PIECE", 4)
+    backend = Backend(load_tokenizer().backend_tokenizer)
+    OTHERS[change](backend.backend)
+    list(lm_dataset.encode_plain(backend, ["a\nb\nc\nd\ne\nf"]))
+    assert backend.given == ["a\nb\nc\nd\ne\nf"]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path, tokenizer):

@@ -87,8 +87,7 @@ def batch(home, tmp_path, tokenizer):
 
 
 def scores_of(model, batch):
-    inputs = batch.inputs
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).scores
+    return train_reward.read(model, batch).scores
 
 
 def conversations(home, side):
@@ -183,6 +182,14 @@ def test_packed_scores_are_those_of_each_conversation_alone(batch, home, tokeniz
         for batch_size in (3, 64):
             assert model.get_scores(tokenizer, turns, batch_size) == pytest.approx(one_by_one, rel=1e-5, abs=1e-5)
     assert packed.std() > 0.1
+
+
+def test_the_borders_of_documents_are_not_sought_again(batch, monkeypatch):
+    """On a GPU that would be to wait for it: they were found before the batch was there."""
+    model, inputs = make_model(), batch.all.inputs
+    by_mask = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).scores
+    monkeypatch.setattr("model.model_minimind.document_bounds", lambda mask: pytest.fail("it reads values"))
+    assert torch.equal(scores_of(model, batch.all), by_mask)
 
 
 def test_score_of_an_answer_that_was_cut_is_that_of_its_last_kept_token(tmp_path, tokenizer, home):

@@ -264,3 +264,21 @@ def test_swanlab_offline_for_real(tmp_path, monkeypatch, capfd):
     run.close()
     (written,) = (tmp_path / "swanlab").glob("run-*/*.swanlab")
     assert written.stat().st_size > 0
+
+
+def test_swanlab_gets_names_that_are_not_utf8(tmp_path, monkeypatch, capfd):
+    """Bytes of another encoding come from the system as lone surrogates, which its files cannot hold."""
+    pytest.importorskip("swanlab")
+    for name in ("SWANLAB_API_KEY", "SWANLAB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = log(tmp_path)
+    run.track("Mine", "pretrain\udcb2_64", {"batch_size": 4, "data_path": "/data/\udcb2.jsonl"})
+    run.write(1, 10, {"loss": 1.0}, 0)
+    run.close()
+    assert capfd.readouterr().err == ""
+    (written,) = (tmp_path / "swanlab").glob("run-*/files/config.yaml")
+    assert "/data/\\udcb2.jsonl" in written.read_text(encoding="utf-8")
+    (tmp_path / "out\udce9").mkdir()
+    with pytest.raises(run_log.InputError, match="not UTF-8: choose another --out_dir"):
+        log(tmp_path / "out\udce9").track("Mine", "pretrain_64", {})

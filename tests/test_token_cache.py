@@ -17,6 +17,7 @@ from dataset import lm_dataset, token_cache
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from dataset.token_cache import file_hash
 from model.errors import InputError, run_script
+from model.loading import load_tokenizer
 
 PAIRS = [
     {side: chat(f"{i}?", f"{side} {i}")["conversations"] for side in ("chosen", "rejected")} for i in range(9)
@@ -64,6 +65,40 @@ def test_kinds_of_rows_do_not_share_a_cache(tmp_path, tokenizer):
     path = write_rows(tmp_path / "f.jsonl", [{"text": "a text", **chat("a", "b")}])
     assert PretrainDataset(path, tokenizer, 64, tmp_path / "cache").cache.targets is None
     assert SFTDataset(path, tokenizer, 64, tmp_path / "cache").cache.targets is not None
+
+
+def test_other_first_and_last_tokens_have_a_cache_of_their_own(tmp_path):
+    """The vocabulary is the same: which of its tokens these are stands in the tokenizer's configuration."""
+    path = write_rows(tmp_path / "f.jsonl", [{"text": "w0 w1"}])
+    for names, ids in (
+        ({}, [1, 3, 4, 2, 0]),
+        ({"bos_token": "w4"}, [7, 3, 4, 2, 0]),
+        ({"eos_token": "w5"}, [1, 3, 4, 8, 0]),
+        ({"pad_token": "w6"}, [1, 3, 4, 2, 9]),
+    ):
+        named = word_tokenizer(10)
+        for name, token in names.items():
+            setattr(named, name, token)
+        assert PretrainDataset(path, named, 5, tmp_path / "cache")[0]["input_ids"].tolist() == ids
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # padding is put in later
+
+
+def test_special_tokens_read_as_text_have_a_cache_of_their_own(tmp_path):
+    path = write_rows(tmp_path / "f.jsonl", [{"text": "<|im_end|> a"}])
+    lengths = []
+    for split in False, True, False:
+        tokenizer = load_tokenizer()
+        tokenizer.backend_tokenizer.encode_special_tokens = split
+        lengths.append(len(PretrainDataset(path, tokenizer, 64, tmp_path / "cache").cache.ids))
+    assert lengths[0] == lengths[2] < lengths[1]
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, DPODataset])
+def test_another_system_prompt_has_a_cache_of_its_own(kind, tmp_path, tokenizer, monkeypatch):
+    path = write_rows(tmp_path / "f.jsonl", PAIRS if kind is DPODataset else [chat("a", "b")])
+    before = len(kind(path, tokenizer, 128, tmp_path / "cache").cache.ids)
+    monkeypatch.setattr("dataset.chat.DEFAULT_SYSTEM_PROMPT", "You are a helpful, learned and polite assistant.")
+    assert len(kind(path, tokenizer, 128, tmp_path / "cache").cache.ids) > before
 
 
 @pytest.mark.parametrize("size", [0, 100, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000])
@@ -193,6 +228,33 @@ def test_a_signal_while_tokenising_leaves_nothing_behind(number, code, texts, tm
         signal.signal(signal.SIGINT, interrupt)
     assert ended.value.code == code and list((tmp_path / "cache").iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("now", ["now", "by another clock"])
+def test_what_a_killed_run_has_left_is_removed_after_a_day(now, texts, tmp_path, tokenizer, monkeypatch):
+    """What is younger may be another machine's, which is writing it; its clock may differ from ours."""
+    if now == "by another clock":
+        monkeypatch.setattr("time.time", lambda: 4e9)
+    cache, day = tmp_path / "cache", 24 * 3600
+    old, young, grown = (cache / f"{number:032x}.{number:032x}.tmp" for number in range(3))
+    for folder, age in (old, 1.1 * day), (young, 0.9 * day), (grown, 1.1 * day):
+        folder.mkdir(parents=True)
+        (folder / "ids.bin").write_bytes(b"half")
+        made = folder.stat().st_mtime - age
+        for path in (folder / "ids.bin", folder) if folder != grown else (folder,):
+            os.utime(path, (made, made))
+    others = cache / "mine.old.tmp", cache / f"{0:032x}"
+    for path in others:
+        path.mkdir()
+        os.utime(path, (0, 0))
+    folder = PretrainDataset(texts, tokenizer, 64, cache).cache.folder
+    assert set(cache.iterdir()) == {young, grown, *others, folder}
+    half = folder / f"rows_48_0.{0:032x}.tmp", folder / f"rows_48_1.{0:032x}.tmp"
+    for path, made in zip(half, (1.0, folder.stat().st_mtime), strict=True):
+        path.touch()
+        os.utime(path, (made, made))
+    PretrainDataset(texts, tokenizer, 48, cache)
+    assert list(folder.glob("*.tmp")) == [half[1]]
 
 
 # ----------------------------------------------------------------------------------------------------- rows packed once

@@ -45,6 +45,7 @@ from trainer.runtime.start import build_model, make_engine, open_data, run_train
 from trainer.runtime.steps import MicroBatch
 
 CHUNK = 1024  # targets whose float32 probabilities exist at one time
+READ = ("input_ids", "attention_mask", "document_bounds")  # what both models take
 WHOLE_LOGITS = 5  # the student's, the teacher's, the gradient in chunks and joined; what a chunk takes beside these
 
 
@@ -69,17 +70,16 @@ class Targets(NamedTuple):
 
 
 def find_targets(batch: MicroBatch) -> Targets:
-    """The tokens whose label is not -100."""
-    labels = batch.inputs["labels"]
+    """The tokens whose label is not -100: where they stand was found before the batch was on its device."""
+    labels, places = batch.inputs["labels"], batch.inputs["target_places"]
     ids, source = (x.flatten() for x in shifted_targets(labels, batch.inputs["attention_mask"]))
-    places = (ids >= 0).nonzero()[:, 0]
     source, T = source[places], labels.shape[1]
     return Targets(ids[places], places, (source // T, source % T), labels.shape)
 
 
 def read(model: Callable, batch: MicroBatch, targets: Targets) -> MiniMindOutput:
     """What a MiniMind, or the engine around one, says of packed rows, with the logits for each target alone: (N, V)."""
-    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch.inputs[name] for name in READ if name in batch.inputs}
     return model(**inputs, use_cache=False, logits_to_keep=targets.sources)
 
 

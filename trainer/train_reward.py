@@ -21,6 +21,7 @@ Shapes: B rows, T tokens in a row, P pairs in the fullest row of a batch (rows w
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.heads import MiniMindForScoring
 from model.loading import load_tokenizer
+from model.outputs import ScoringOutput
 from trainer.runtime.flags import common_parser, number
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
@@ -66,11 +68,15 @@ def preference_losses(scores: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor
     return losses, centering, meters
 
 
+def read(model: Callable, batch: MicroBatch) -> ScoringOutput:
+    """What the model, or the engine around it, says of packed rows: scores of all tokens (B, T)."""
+    names = "input_ids", "attention_mask", "document_bounds"
+    return model(**{name: batch.inputs[name] for name in names if name in batch.inputs})
+
+
 def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
     """What is told of held-out pairs, summed."""
-    inputs = batch.inputs
-    output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    losses, _, meters = preference_losses(output.scores, batch)
+    losses, _, meters = preference_losses(read(model, batch).scores, batch)
     return {"loss": losses.sum(), **meters}
 
 
@@ -104,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     with run.training({"model": engine}, train_set, val_set, held_out) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
-                output = engine(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"])
+                output = read(engine, batch)
                 losses, centering, meters = preference_losses(output.scores, batch)
                 loss = (losses + args.center * centering).sum() / step.targets  # pairs of the whole step
                 step.note(batch, output, losses, **meters)

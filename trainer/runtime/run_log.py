@@ -93,12 +93,17 @@ class RunLog:
             raise InputError("--use_wandb needs swanlab: pip install swanlab") from None
         mode = os.environ.get("SWANLAB_MODE") or ("online" if swanlab.Settings().api_key else "offline")
         folder = self.folder / "swanlab"
+        if printable(str(folder.absolute())) != str(folder.absolute()):
+            raise InputError(f"SwanLab cannot write to {folder}, which is not UTF-8: choose another --out_dir")
         folder.mkdir(parents=True, exist_ok=True)
         noted = folder / f"{name}.id"  # of the experiment, for a resumed run to go on with
         known = noted.read_text(encoding="utf-8") if self.first_step and noted.exists() else None
         again = {"id": known, "resume": "allow"} if known else {}
         self.tracker = swanlab
-        run = swanlab.init(project=project, name=name, config=config, mode=mode, log_dir=str(folder), **again)
+        config = {key: printable(value) for key, value in config.items()}
+        run = swanlab.init(
+            project=project, name=printable(name), config=config, mode=mode, log_dir=str(folder), **again
+        )
         noted.write_text(run.id, encoding="utf-8")
         print(f"SwanLab: {mode}, project {project}" + ("" if mode == "online" else f", in {folder}"))
 
@@ -134,6 +139,11 @@ class RunLog:
         if axes.lines:
             axes.legend()
         write_files({self.path.with_suffix(".png"): lambda file: figure.savefig(file, dpi=110, bbox_inches="tight")})
+
+
+def printable(value: object) -> object:
+    """Half a character in a text (a file name's bytes) escaped as in JSON; SwanLab's files are UTF-8."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def read_records(path: Path) -> list[dict]:
