@@ -15,15 +15,19 @@ from scripts import quickstart
 
 def test_report_is_a_table_whatever_the_model_says():
     gain = {"stage": "dpo", "measure": "m", "before": 0.5, "after": 0.875, "against": "chance", "seconds": 3.2}
+    by = {measure: {"capital en": [number, 4]} for number, measure in enumerate(quickstart.MEASURES)}
     report = {
         "score": 0.5, "device": "cpu", "train_seconds": 61.0, "total_seconds": 70.4, "gains": [gain],
-        "by_language": {"en": [1, 2]}, "by_relation": {"capital": [1, 2]},
+        "scores": dict.fromkeys(quickstart.MEASURES, 0.75), "by_relation": by, "honest": 0.875, "refused": 0.01,
     }  # fmt: skip
     text = quickstart.format_report(report, [{"question": "a|b?", "answer": "one\ntwo | three", "right": False}])
-    assert "50.0% of 2 held-out questions right" in text and "| capital | 1 | 2 | 50% |" in text
+    assert "# Quickstart: 50.0% of the questions right" in text and "| people's own words | 75.0% |" in text
+    assert "| capital en | 0 of 4 | 1 of 4 | 2 of 4 |" in text
+    assert "| unanswerable questions: says that it does not know | 87.5% |" in text
+    assert "| answerable questions: says that it does not know | 1.0% |" in text
     assert "| a\\|b? | one two \\| three | wrong |" in text
     assert "| dpo | m | 50.0% (chance) | 87.5% | 3.2 |" in text
-    assert all(line.replace("\\|", "").count("|") in (0, 4, 5, 6) for line in text.splitlines())
+    assert all(line.replace("\\|", "").count("|") in (0, 3, 4, 5, 6) for line in text.splitlines())
 
 
 def small_demo(demo):
@@ -37,6 +41,8 @@ def small_demo(demo):
         {"chosen": row["conversations"], "rejected": [row["conversations"][0], {"role": "assistant", "content": "No."}]}
         for row in chats
     ]
+    for name in "unseen_val", "own_words_val", "unanswerable_val":
+        write_rows(demo / f"{name}.jsonl", held_out)
     write_rows(demo / "pretrain.jsonl", [{"text": f"The capital of {a} is {b}."} for a, b in facts])
     for name in "sft", "lora_identity", "lora_medical":
         write_rows(demo / f"{name}.jsonl", chats)
@@ -69,15 +75,27 @@ def small_quickstart(tmp_path, monkeypatch):
 
 def test_quickstart_from_data_to_report(small_quickstart, tmp_path, capsys, monkeypatch):
     facts, commands = small_quickstart
-    monkeypatch.setattr(quickstart, "is_right", lambda response, answer: answer in ("Paris", "Tokyo", "Rome"))
+    known = {"sft_val": ("Paris", "Tokyo", "Rome"), "unseen_val": ("Rome",), "own_words_val": ("Paris", "Rome")}
+    known["unanswerable_val"] = ("Madrid",)
+
+    def answered(job, model, name, max_new_tokens=48):
+        rows = job.rows(name)
+        said = ["I do not know." if row["answer"] == "Paris" else "Rome" for row in rows]
+        return rows, said, [row["answer"] in known[Path(name).stem] for row in rows]
+
+    monkeypatch.setattr(quickstart.Job, "answered", answered)
     out_dir = tmp_path / "a place"
     code, out, err = ends(quickstart, [f"--out_dir={out_dir}", "--device=cpu", "--seed=5"], capsys)
     assert (code, err) == (0, "")
     assert [Path(command[1]).name for command in commands] == ["train_pretrain.py", "train_full_sft.py"]
     assert all("--seed=5" in command and command[0] == sys.executable for command in commands)
     report = json.loads((out_dir / "quickstart.json").read_text(encoding="utf-8"))
-    assert report["score"] == 0.75 and report["by_language"] == {"en": [3, 4]} and report["device"] == "cpu"
-    assert [sample["question"] for sample in report["samples"]] == [f"{a}: capital?" for a, _ in facts]
+    assert list(report["scores"].values()) == [0.75, 0.25, 0.5] and report["device"] == "cpu"
+    assert (
+        report["score"] == 0.25 and report["honest"] == 0.25 and report["refused"] == 0.25
+    )  # the lowest is the headline
+    assert report["by_relation"]["held-out wordings"] == {"city en": [3, 4]}
+    assert [sample["question"] for sample in report["samples"]] == 3 * [f"{a}: capital?" for a, _ in facts]
     assert (out_dir / "quickstart.md").read_text(encoding="utf-8") in out
     assert f"--out_dir '{out_dir}'" in out  # the advice can be pasted
     assert (out_dir / "full_sft_64.pth").exists()
@@ -94,7 +112,7 @@ def test_quickstart_measures_every_later_stage(small_quickstart, tmp_path, capsy
     dpo = (tmp_path / "out" / "logs" / "rlhf_64.jsonl").read_text().splitlines()
     preferred = gains["dpo", "pairs preferred rightly, against the start"]
     assert (preferred["before"], preferred["after"]) == (0.5, json.loads(dpo[-1])["val_accuracy"])
-    assert gains["dpo", "general score"]["before"] == report["score"]
+    assert gains["dpo", "general score"]["before"] == report["scores"]["held-out wordings"]
     assert "starting from" in out and "rlhf_64.pth" in out.split("train_distill_reason.py")[1]
     _, commands = small_quickstart
     alone, taught = (command for command in commands if "train_distillation" in command[1])
