@@ -37,7 +37,7 @@ from trainer.runtime.checkpoint import (
     write_checkpoint,
 )
 from trainer.runtime.devices import pick_device, pick_dtype
-from trainer.runtime.distributed import check_launch, gather, local_rank, rank, start_processes, world_size
+from trainer.runtime.distributed import check_launch, gather, local_rank, rank, start_processes, torchruns, world_size
 from trainer.runtime.engine import Engine
 from trainer.runtime.evaluation import evaluate
 from trainer.runtime.flags import choose_defaults
@@ -77,6 +77,7 @@ class Run:
         self.batch_size, self.learning_rate = args.batch_size, args.learning_rate
         start_processes(self.device, always=args.deepspeed is not None)
         self.is_main = rank() == 0
+        self.launchers = torchruns()
         self.name = stage  # becomes stage_hidden[_moe] when the model is known
         self.lock = None
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
@@ -319,7 +320,7 @@ class Run:
             trained_length=model.config.original_max_position_embeddings, vocabulary=self.vocabulary,
         )  # fmt: skip
         parts = {"engines": states, "extra": extra, "place": place, "identity": self.identity(), "random": rng}
-        parts["vocabulary"] = self.vocabulary
+        parts |= {"vocabulary": self.vocabulary, "launchers": self.launchers}
         write_checkpoint(checkpoint_path(self.args.out_dir, self.weights), model.config, parts)
 
     def note_signal(self, number: int, frame) -> None:
