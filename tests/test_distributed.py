@@ -224,6 +224,40 @@ def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(data, tmp_path, splits
     assert [record["step"] for record in log_of(tmp_path)] == list(range(1, STEPS + 1))
 
 
+def test_torchrun_restarts_a_killed_rank_from_its_checkpoint(data, tmp_path, splits):
+    launcher = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max_restarts=1"]
+    slow = write_rows(tmp_path / "slow.jsonl", [{"text": "the quick brown fox jumps. " * 4}] * 150)
+    more = ["--optimizer=muon", "--batch_size=4", "--accumulation_steps=1", "--save_interval=2"]
+    more += [f"--val_path={slow}", "--eval_interval=1", "--eval_rows=150"]  # so that it is not over before it is killed
+    job = Torchrun(launcher, "pretrain", flags_of(data, "pretrain", tmp_path, *more), tmp_path / "job")
+    job.wait_for("pretrain 5/10")
+    os.kill(job.children()[1], signal.SIGKILL)
+    assert job.wait() == 0, job.err()
+    assert int(re.search(r"resumed after step (\d+)", job.out())[1]) >= 4
+    reference = splits["pretrain muon"]["2 x 4"][1] / "pretrain_64.pth"
+    expected, found = (torch.load(path, weights_only=True) for path in (reference, tmp_path / "pretrain_64.pth"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [record["step"] for record in log_of(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_machine_that_joins_an_elastic_launch_loses_nothing(data, tmp_path, monkeypatch):
+    """torchrun ends the processes and starts them for two machines, its count of restarts still 0."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # torch 2.13 waits for ever for what nobody sets
+    launcher = ["--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_conf=last_call_timeout=1"]
+    flags = flags_of(data, "pretrain", tmp_path, "--batch_size=4", "--max_steps=100000")
+    first = Torchrun(launcher, "pretrain", flags, tmp_path / "first")
+    first.wait_for("pretrain 2/")
+    second = Torchrun(launcher, "pretrain", flags, tmp_path / "second")
+    first.wait_for("resumed after step")
+    for job in first, second:
+        job.process.send_signal(signal.SIGTERM)
+    assert first.wait() != 0 != second.wait()
+    saved = int(re.search(r"stopped and saved after step (\d+)", first.err())[1])
+    assert f"resumed after step {saved}:" in first.out() + second.out()
+    assert "2 processes x " in first.out() + second.out()
+
+
 def test_bad_input_ends_a_job_with_one_sentence(data, tmp_path):
     launcher = ["--nproc_per_node=2", f"--master_port={free_port()}"]
     job = Torchrun(launcher, "pretrain", [*TINY, "--data_path=no.jsonl", f"--out_dir={tmp_path}"], tmp_path / "job")

@@ -17,7 +17,7 @@ from model.model_lora import attach, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_pretrain
 from trainer.runtime import places
-from trainer.runtime.places import claim, make_writable, remove_leftovers
+from trainer.runtime.places import claim, make_writable, release, remove_leftovers
 
 HOLD = """
 import fcntl, sys, time
@@ -116,6 +116,25 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path, another):
         claim(path, "pretrain_64").close()  # the same process may: a notebook begins a run anew
 
 
+def test_a_lock_whose_file_was_removed_as_it_was_taken_is_taken_again(tmp_path, monkeypatch):
+    """The run before it ends between the opening of the file and its locking: a third would lock a new one."""
+    fcntl, path = pytest.importorskip("fcntl"), tmp_path / "logs" / ".a.lock"
+    path.parent.mkdir()
+    lockf, calls = fcntl.lockf, []
+
+    def late(file, kind):
+        calls.append(file)
+        if len(calls) == 1:
+            path.unlink()
+        return lockf(file, kind)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    file = claim(path, "a")
+    assert len(calls) == 2 and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    release(file)
+    assert file.closed and not path.exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--from_resume=1", "--max_steps=4"]])
 def test_a_second_run_of_a_stage_is_refused_before_its_first_step(flags, texts, tmp_path, another, capsys):
     out = tmp_path / "out"
@@ -136,7 +155,7 @@ def test_a_run_ends_its_lock_and_clears_up(texts, tmp_path, another, capsys):
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "pretrain_64_resume.pth.1a.tmp").touch()
     assert ends(train_pretrain, pretrain(texts, out), capsys)[0] == 0
-    assert not list(out.rglob("*.tmp"))
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("*.lock"))
     another(out / "logs" / ".pretrain_64.lock")  # would wait for ever
 
 

@@ -2,8 +2,8 @@
 
 import os
 import shutil
+import socket
 import sys
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from model.errors import UsageError
 from trainer import train_pretrain
 from trainer.runtime import devices, distributed, engine
 from trainer.runtime.checkpoint import link_weights, read_whole, run_until
-from trainer.runtime.distributed import local_main_first, pick_backend, start_processes
+from trainer.runtime.distributed import local_main_first, start_processes
 from trainer.runtime.engine import COMPILE_TOKENS, Engine, wants_compile
 from trainer.runtime.flags import choose_defaults
 
@@ -41,33 +41,79 @@ def test_a_gpu_has_a_number_with_a_launcher_and_without(name, variables, index, 
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
     assert devices.pick_device(name) == torch.device("cuda", index)
 
 
+def test_a_launcher_may_show_each_process_one_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    assert devices.pick_device("cuda") == CUDA
+
+
 @pytest.mark.parametrize(
-    ("device", "gpus", "processes", "nccl", "expected"),
+    ("device", "slots", "nccl", "expected"),
     [
-        ("cuda:0", 2, 2, True, "nccl"),
-        ("cuda:0", 1, 2, True, "gloo"),  # two share it
-        ("cuda:0", 1, 1, False, "gloo"),  # a build for Windows
-        ("cpu", 0, 2, True, "gloo"),
+        ("cuda:0", (1, 2), True, "nccl"),  # all of them cuda:0, and yet not the same
+        ("cuda:0", (1, 1), True, "gloo"),  # two share it
+        ("cuda:0", (1, 2, 2), True, "gloo"),
+        ("cuda:0", (1, None), True, "gloo"),  # another machine has none, or a build without NCCL
+        ("cuda:0", (1,), False, "gloo"),  # a build for Windows
+        ("cpu", (None, None), True, "gloo"),
     ],
 )
-def test_what_gradients_travel_by(device, gpus, processes, nccl, expected, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+def test_what_gradients_travel_by(device, slots, nccl, expected, monkeypatch, capsys):
+    """Ranks tell each other in which slot their GPU is; the first one here, the others before."""
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    assert pick_backend(torch.device(device)) == expected
-    started = []
+
+    def gpu_in(slot):
+        gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=slot, pci_device_id=0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        return distributed.which_gpu(CUDA if slot else torch.device("cpu"))
+
+    store, started = dist.HashStore(), []
+    for number, slot in enumerate(slots):
+        store.set(f"minimind/start_0/gpu/{number}", gpu_in(slot))
+    gpu_in(slots[0])
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **keys: iter([(store, 0, len(slots))]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **keys: started.append((backend, keys)))
-    for name, value in {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
+    launch = {"RANK": 0, "WORLD_SIZE": len(slots), "LOCAL_RANK": 0, "MASTER_ADDR": "here", "MASTER_PORT": 1}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, str(value))
     start_processes(torch.device(device))
     ((backend, keys),) = started
     assert backend == expected and keys["device_id"] == (CUDA if expected == "nccl" else None)
     assert keys["timeout"] == timedelta(minutes=10)  # a machine that drops off does not hold the others for long
+    assert (keys["rank"], keys["world_size"]) == (0, len(slots))
+    assert keys["store"].underlying_store == store
+    assert ("share GPUs" in capsys.readouterr().out) == (None not in slots and len(set(slots)) < len(slots))
+
+
+def test_a_port_that_another_program_has_is_said(tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        launch = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": other.getsockname()[1]}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UsageError, match=rf"^another program has taken MASTER_PORT {launch['MASTER_PORT']} of"):
+            new_run(tmp_path)
+    monkeypatch.setenv("MASTER_PORT", "99999")
+    with pytest.raises(UsageError, match="ports end at 65535"):
+        new_run(tmp_path)
+
+
+def test_a_process_that_stays_away_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=1))
+    launch = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": distributed.free_port()}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError, match=r"^the 2 processes of this run did not meet at MASTER_PORT"):
+        new_run(tmp_path)
 
 
 @pytest.mark.parametrize("local", [0, 1])
@@ -239,17 +285,24 @@ def environment(monkeypatch, **variables):
 
 @pytest.mark.parametrize("script", STAGES, ids=lambda script: script.__name__)
 def test_a_restarted_process_goes_on(script, data, tmp_path, monkeypatch, capsys):
-    """torchrun --max_restarts: with the checkpoint that its launch has written, not with an earlier run's."""
+    """torchrun starts anew what failed: with the checkpoint that its launch has written, not with another's."""
     path = data / ("texts.jsonl" if script is train_pretrain else "chats.jsonl")
-    train(script, tmp_path, path, "--max_steps=2", "--save_interval=1")
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    with environment(monkeypatch, TORCHELASTIC_RESTART_COUNT="1"):
+
+    def resumed(*flags):
         capsys.readouterr()
-        log = train(script, tmp_path, path, "--max_steps=3").log
-        assert "resumed after step 2" in capsys.readouterr().out and [line["step"] for line in log] == [1, 2, 3]
-        os.utime(checkpoint, (time.time(), time.time() - 10 * 365 * 86400))  # before anything here was started
-        log = train(script, tmp_path, path, "--max_steps=1").log
-        assert "resumed" not in capsys.readouterr().out and [line["step"] for line in log] == [1]
-    with environment(monkeypatch, TORCHELASTIC_RESTART_COUNT="0"):
-        train(script, tmp_path, path, "--max_steps=2")
-        assert "resumed" not in capsys.readouterr().out
+        log = train(script, tmp_path, path, *flags).log
+        assert log[-1]["step"] == len(log)
+        return "resumed after step 2" in capsys.readouterr().out
+
+    train(script, tmp_path, path, "--max_steps=2")
+    with environment(monkeypatch, TORCHELASTIC_RUN_ID="none"):
+        assert not resumed("--max_steps=2")  # that was no torchrun
+        assert resumed("--max_steps=3")
+    with environment(monkeypatch, TORCHELASTIC_RUN_ID="other"):
+        assert not resumed("--max_steps=2")
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert not resumed("--max_steps=2")
+        (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+        checkpoint.write_bytes(b"cut")
+        assert not resumed("--max_steps=2")
+    assert not resumed("--max_steps=2")

@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, config: MiniMindConfig, parts: dict[str, Any]) 
 
     config: of the model that is the stage's; parts: engines (what Engine.state() gives, by name), extra (other state by
     name), place (counters of the run), identity (what a resumed run must agree with), random (states of all ranks),
-    vocabulary (of the tokenizer, with which it must agree too).
+    vocabulary (of the tokenizer, with which it must agree too), launchers (the torchruns that it was started by).
     """
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
     content = {"format": FORMAT, "config": fields, **parts}
@@ -82,6 +82,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads up to {FORMAT}: update MiniMind")
     return content
+
+
+def is_of_launch(path: Path, launchers: list[str]) -> bool:
+    """Whether one of these torchruns wrote a checkpoint: they start anew what failed, or when machines come and go.
+
+    They count the former alone (TORCHELASTIC_RESTART_COUNT), so the count is not asked.
+    """
+    try:
+        return not set(launchers).isdisjoint(read_checkpoint(path).get("launchers", [])) if launchers else False
+    except InputError:  # nobody asked for this file
+        return False
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:

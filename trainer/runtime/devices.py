@@ -15,10 +15,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto": CUDA, else Apple's MPS, else the CPU; several processes on a machine take one GPU each."""
+    """ "auto": CUDA, else Apple's MPS, else the CPU; several processes on a machine take one GPU each.
+
+    A launcher that shows each process one GPU alone has them all call theirs cuda:0.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    numbered = f"cuda:{local_rank()}" if name == "cuda" else name  # torch.distributed and DeepSpeed take no other
+    own = 0 if torch.cuda.device_count() == 1 else local_rank()
+    numbered = f"cuda:{own}" if name == "cuda" else name  # torch.distributed and DeepSpeed take no other
     try:
         device = torch.device(numbered)
         torch.zeros(1, device=device)

@@ -3,9 +3,8 @@
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def check_launch() -> None:
             f"launchers set {', '.join(together)} together, but of these environment variables {', '.join(missing)} "
             "has no value: start with torchrun, or unset RANK"
         )
-    launch_number("MASTER_PORT", 0)
+    if launch_number("MASTER_PORT", 0) > 65535:
+        raise UsageError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: ports end at 65535")
     if launched_rank() >= launch_number("WORLD_SIZE", 1):
         raise UsageError(f"RANK is {launched_rank()} and WORLD_SIZE {os.environ['WORLD_SIZE']}: ranks count from 0")
 
@@ -78,19 +78,55 @@ def start_processes(device: torch.device, *, always: bool = False) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if device.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
         raise UsageError("several processes cannot share Apple's GPU: start one, or add --device cpu")
-    backend = pick_backend(device)
-    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if backend == "nccl" else None)
+    backend, store = meet(device)
+    dist.init_process_group(
+        backend, store=store, rank=launched_rank(), world_size=launch_number("WORLD_SIZE", 1), timeout=PATIENCE,
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
     if rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - for the rest of the process
 
 
-def pick_backend(device: torch.device) -> str:
-    """What the processes exchange tensors by: NCCL between GPUs, gloo elsewhere.
+def meet(device: torch.device) -> tuple[str, dist.Store]:
+    """Find the other processes -> the backend for all, the dictionary that they share; UsageError where one is away."""
+    place = f"MASTER_PORT {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun keeps its store when it restarts (--max_restarts): addresses of dead processes are still in it.
+        store = dist.PrefixStore(f"minimind/start_{launch_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set_timeout(PATIENCE)
+        return pick_backend(device, store), store
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UsageError(f"another program has taken {place}: choose a free one, for all processes") from error
+        raise UsageError(
+            f"the {os.environ['WORLD_SIZE']} processes of this run did not meet at {place}: start all of them, with "
+            "the address of rank 0's machine and a free port"
+        ) from error
 
-    Builds for Windows have no NCCL, and it refuses a GPU that two processes share.
+
+def pick_backend(device: torch.device, store: dist.Store) -> str:
+    """What the processes exchange tensors by: NCCL where each has a GPU of its own, gloo elsewhere.
+
+    Builds for Windows have no NCCL, and it refuses a GPU that two processes share. Numbers tell nothing: a launcher may
+    show each process one GPU alone, all of them called cuda:0. So they tell each other, by NCCL's own measure.
     """
-    own_gpu = device.type == "cuda" and local_world_size() <= torch.cuda.device_count()
-    return "nccl" if own_gpu and dist.is_nccl_available() else "gloo"
+    store.set(f"gpu/{launched_rank()}", which_gpu(device))
+    gpus = store.multi_get([f"gpu/{other}" for other in range(launch_number("WORLD_SIZE", 1))])
+    if b"" in gpus:
+        return "gloo"
+    shared = len(gpus) - len(set(gpus))
+    if shared and launched_rank() == 0:
+        print(f"note: processes share GPUs, {len(gpus)} of them {len(set(gpus))}: start one for each GPU")
+    return "gloo" if shared else "nccl"
+
+
+def which_gpu(device: torch.device) -> str:
+    """The machine and the slot of a GPU; nothing for what NCCL does not serve."""
+    if device.type != "cuda" or not dist.is_nccl_available():
+        return ""
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{socket.gethostname()} {gpu.pci_domain_id}:{gpu.pci_bus_id}:{gpu.pci_device_id}"
 
 
 def free_port() -> int:
@@ -136,19 +172,15 @@ def local_main_first() -> Iterator[None]:
         dist.barrier(patient)
 
 
-def is_restart_of_writer(path: Path) -> bool:
-    """Whether torchrun has started this process in place of one that failed (--max_restarts) and had written the file.
-
-    Only a file that is younger than the launcher is of this launch; where nobody can tell, it is taken to be.
-    """
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        return False
-    try:
-        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])  # ticks from boot
-    except OSError:  # not on Linux
-        return True
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    return path.stat().st_mtime > time.time() - age
+def torchruns() -> list[str]:
+    """The torchrun processes of this launch, one a machine: its checkpoints name them. Other launchers: none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    started = ""  # where there is no /proc, a number that another process had before is taken for the same
+    with suppress(OSError):
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    own = f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()} {started}"
+    return sorted(set(gather(own)))
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -1,5 +1,7 @@
 """The folders that a run writes to: can it write there, is it alone under its name, what has a killed run left?"""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -28,18 +30,30 @@ def claim(path: Path, name: str) -> IO | None:
     """
     if fcntl is None:
         return None
-    file = path.open("a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    for _ in range(3):
+        file = path.open("a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(
+                f"another run is writing {name} in {path.parents[1]}: wait until it ends, or choose another --out_dir"
+            ) from None
+        except OSError:
+            file.close()
+            return None
+        with suppress(FileNotFoundError):  # the run before released it, and so removed it, since it was opened here
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
         file.close()
-        raise InputError(
-            f"another run is writing {name} in {path.parents[1]}: wait until it ends, or choose another --out_dir"
-        ) from None
-    except OSError:
+    return None
+
+
+def release(file: IO | None) -> None:
+    """Remove the file that claim() gave, and with it the lock."""
+    if file:
+        Path(file.name).unlink(missing_ok=True)
         file.close()
-        return None
-    return file
 
 
 def remove_leftovers(folders: set[Path], name: str) -> None:

@@ -37,13 +37,13 @@ from trainer.runtime.checkpoint import (
     write_checkpoint,
 )
 from trainer.runtime.devices import pick_device, pick_dtype
-from trainer.runtime.distributed import check_launch, gather, local_rank, rank, start_processes, world_size
+from trainer.runtime.distributed import check_launch, gather, local_rank, rank, start_processes, torchruns, world_size
 from trainer.runtime.engine import Engine
 from trainer.runtime.evaluation import evaluate
 from trainer.runtime.flags import choose_defaults
 from trainer.runtime.memory import check_memory, told_memory
 from trainer.runtime.meters import Meters, peak_expert_load
-from trainer.runtime.places import claim, make_writable, remove_leftovers
+from trainer.runtime.places import claim, make_writable, release, remove_leftovers
 from trainer.runtime.run_log import RunLog, keep_steps
 from trainer.runtime.steps import (
     Step,
@@ -77,8 +77,9 @@ class Run:
         self.batch_size, self.learning_rate = args.batch_size, args.learning_rate
         start_processes(self.device, always=args.deepspeed is not None)
         self.is_main = rank() == 0
+        self.launchers = torchruns()
         self.name = stage  # becomes stage_hidden[_moe] when the model is known
-        self.lock = nullcontext()
+        self.lock = None
         # Where the run stands: steps taken, the epoch and the next row of it, real tokens seen.
         self.step = self.epoch = self.row = self.tokens = self.skipped_steps = self.resumed_at = 0
         self.checkpoint: dict | None = None  # of the run that this one resumes
@@ -111,8 +112,9 @@ class Run:
 
     def claim_files(self) -> None:
         """InputError where another run writes the files of this name now; what a killed one has left of them goes."""
-        if self.is_main and (lock := claim(self.logs.folder / f".{self.name}.lock", self.name)):
-            self.lock = lock
+        if self.is_main:
+            self.lock = claim(self.logs.folder / f".{self.name}.lock", self.name)
+        if self.lock:
             checkpoints = checkpoint_path(self.args.out_dir, self.weights).parent
             remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, self.name)
 
@@ -182,8 +184,10 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            with self.lock:
+            try:
                 self.logs.close()
+            finally:
+                release(self.lock)
 
     def steps(self, val_set, totals: Callable | None, tokenizer, draw: Callable | None) -> Iterator[Step]:
         """The steps of training(), each followed by what is due after it. What a checkpoint holds has been told."""
@@ -316,7 +320,7 @@ class Run:
             trained_length=model.config.original_max_position_embeddings, vocabulary=self.vocabulary,
         )  # fmt: skip
         parts = {"engines": states, "extra": extra, "place": place, "identity": self.identity(), "random": rng}
-        parts["vocabulary"] = self.vocabulary
+        parts |= {"vocabulary": self.vocabulary, "launchers": self.launchers}
         write_checkpoint(checkpoint_path(self.args.out_dir, self.weights), model.config, parts)
 
     def note_signal(self, number: int, frame) -> None:

@@ -24,11 +24,17 @@ from model.loading import (
     weights_path,
 )
 from model.model_minimind import MiniMindForCausalLM
-from trainer.runtime.checkpoint import agree, checkpoint_path, find_checkpoint, read_checkpoint, verify_resume
+from trainer.runtime.checkpoint import (
+    agree,
+    checkpoint_path,
+    find_checkpoint,
+    is_of_launch,
+    read_checkpoint,
+    verify_resume,
+)
 from trainer.runtime.devices import pick_device, pick_dtype
 from trainer.runtime.distributed import (
     is_lost_peer,
-    is_restart_of_writer,
     launched_rank,
     local_main_first,
     stop_processes,
@@ -76,7 +82,7 @@ def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | No
     longest, path, recorded = longest or args.max_seq_len, None, None
     sizes = given_sizes(args)
     found = find_checkpoint(args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none")
-    resumed = found if found and (args.from_resume or is_restart_of_writer(found)) else None
+    resumed = found if found and (args.from_resume or is_of_launch(found, run.launchers)) else None
     if args.from_resume and not resumed:
         print(f"no checkpoint of {run.stage} to resume in {args.out_dir / 'checkpoints'}: starting anew")
     if resumed:
