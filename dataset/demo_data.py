@@ -128,7 +128,7 @@ def sft_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
             last = chosen[-1][0]
             if last.relation.follow_ups and rng.random() < FOLLOW_UP_SHARE:
                 last = rng.choice([peer for peer in peers[last.relation.name, language] if peer.fact != last.fact])
-                contents += [render(rng.choice(last.relation.follow_ups), last), reply(last, rng)]
+                contents += [render(rng.choice(last.relation.follow_ups[:-1]), last), reply(last, rng)]
             rows.append(question_row(last, with_system_turn(last, turns(*contents), rng)))
     rng.shuffle(rows)
     return rows
@@ -191,6 +191,17 @@ def unseen_rows(items: Iterable[Item], rng: random.Random) -> list[Row]:
         asked = oriented(item, rng)
         kind, question = ask_unseen(asked, rng)
         rows.append(question_row(asked, turns(question, reply(asked, rng))) | {"kind": kind})
+    return rows
+
+
+def follow_up_rows(items: Iterable[Item], count: int, rng: random.Random) -> list[Row]:
+    """Questions that only the turn before explains ("And Italy?"), in a form of each relation that is not trained on."""
+    groups = [group for group in by_relation(items).values() if group[0].relation.follow_ups]
+    rows = []
+    for number in range(count):
+        first, then = rng.sample(groups[number % len(groups)], 2)
+        contents = [ask(first, rng), reply(first, rng), render(then.relation.follow_ups[-1], then), reply(then, rng)]
+        rows.append(question_row(then, turns(*contents)))
     return rows
 
 
@@ -287,6 +298,7 @@ def build(seed: int) -> dict[str, list[Row]]:
         "sft": lambda rng: sft_rows(items, rng),
         "sft_val": lambda rng: questions_rows(items, rng, held_out=True),
         "unseen_val": lambda rng: unseen_rows(items, rng),
+        "follow_up_val": lambda rng: follow_up_rows(items, 200, rng),
         "own_words_val": lambda rng: own_words_rows(),
         "unanswerable_val": lambda rng: unanswerable_rows(),
         "dpo": lambda rng: dpo_rows(items, 2400, rng, held_out=False),

@@ -259,8 +259,9 @@ def score(job: Job) -> tuple[dict, list[dict]]:
             for row, text, ok in list(zip(rows, answers, right, strict=True))[every // 2 :: every]
         ]
     job.general = scores["scores"]["held-out wordings"]
-    honest = job.share_right(model, "unanswerable_val.jsonl")
-    return {"score": min(scores["scores"].values()), "honest": honest, "refused": refused / asked, **scores}, samples
+    scores["follow_ups"] = job.share_right(model, "follow_up_val.jsonl")
+    scores["honest"] = job.share_right(model, "unanswerable_val.jsonl")
+    return {"score": min(scores["scores"].values()), "refused": refused / asked, **scores}, samples
 
 
 def train(script: str, flags: list[str]) -> None:
@@ -279,6 +280,7 @@ def format_report(report: dict, samples: list[dict]) -> str:
         lines += [f"Trained for {report['train_seconds']:.0f} s on {report['device']}.", ""]
         lines += ["| measure | right |", "|---|---|"]
         lines += [f"| {measure} | {share:.1%} |" for measure, share in report["scores"].items()]
+        lines += [f"| follow-ups that need the turn before | {report['follow_ups']:.1%} |"]
         lines += [f"| unanswerable questions: says that it does not know | {report['honest']:.1%} |"]
         lines += [f"| answerable questions: says that it does not know | {report['refused']:.1%} |", ""]
         lines += [f"| right of asked | {' | '.join(report['scores'])} |", "|---|" + "---|" * len(report["scores"])]

@@ -32,7 +32,7 @@ from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("sft", "dpo", "reason", "rlaif", "lora_identity", "lora_medical")
-MEASURES = {"unseen_val", "own_words_val", "unanswerable_val"}
+MEASURES = {"unseen_val", "follow_up_val", "own_words_val", "unanswerable_val"}
 LORAS = ("lora_identity", "lora_medical")
 RUDE = [text for language in LANGUAGES for text in demo.rude_answers(language)]
 
@@ -263,6 +263,15 @@ def test_own_words_ask_every_relation_at_least_five_times(rows_of):
     for row in rows_of["own_words_val"]:
         assert (row["relation"], row["language"], row["answer"]) in facts, row
         assert not is_right(row["conversations"][0]["content"], row["answer"]), row
+
+
+def test_follow_ups_are_in_a_form_that_is_not_trained_on(rows_of):
+    forms = {(i.relation.name, i.relation.language): i.relation.follow_ups for i in base_items()}
+    asked = user_texts(rows_of["sft"])
+    for row in rows_of["follow_up_val"]:
+        *trained, held_out = forms[row["relation"], row["language"]]
+        assert len(row["conversations"]) == 4 and len(trained) >= 3 and held_out not in trained
+    assert not {row["conversations"][2]["content"] for row in rows_of["follow_up_val"]} & asked
 
 
 def test_unanswerable_questions_get_an_honest_answer(rows_of):

@@ -19,6 +19,7 @@ def test_report_is_a_table_whatever_the_model_says():
     report = {
         "score": 0.5, "device": "cpu", "train_seconds": 61.0, "total_seconds": 70.4, "gains": [gain],
         "scores": dict.fromkeys(quickstart.MEASURES, 0.75), "by_relation": by, "honest": 0.875, "refused": 0.01,
+        "follow_ups": 0.5,
     }  # fmt: skip
     text = quickstart.format_report(report, [{"question": "a|b?", "answer": "one\ntwo | three", "right": False}])
     assert "# Quickstart: 50.0% of the questions right" in text and "| people's own words | 75.0% |" in text
@@ -41,7 +42,7 @@ def small_demo(demo):
         {"chosen": row["conversations"], "rejected": [row["conversations"][0], {"role": "assistant", "content": "No."}]}
         for row in chats
     ]
-    for name in "unseen_val", "own_words_val", "unanswerable_val":
+    for name in "unseen_val", "follow_up_val", "own_words_val", "unanswerable_val":
         write_rows(demo / f"{name}.jsonl", held_out)
     write_rows(demo / "pretrain.jsonl", [{"text": f"The capital of {a} is {b}."} for a, b in facts])
     for name in "sft", "lora_identity", "lora_medical":
@@ -76,7 +77,7 @@ def small_quickstart(tmp_path, monkeypatch):
 def test_quickstart_from_data_to_report(small_quickstart, tmp_path, capsys, monkeypatch):
     facts, commands = small_quickstart
     known = {"sft_val": ("Paris", "Tokyo", "Rome"), "unseen_val": ("Rome",), "own_words_val": ("Paris", "Rome")}
-    known["unanswerable_val"] = ("Madrid",)
+    known |= {"unanswerable_val": ("Madrid",), "follow_up_val": ()}
 
     def answered(job, model, name, max_new_tokens=48):
         rows = job.rows(name)
