@@ -195,7 +195,7 @@ def unseen_rows(items: Iterable[Item], rng: random.Random) -> list[Row]:
 
 
 def follow_up_rows(items: Iterable[Item], count: int, rng: random.Random) -> list[Row]:
-    """Questions that only the turn before explains ("And Italy?"), in a form of each relation that is not trained on."""
+    """Questions that only the turn before explains ("And Italy?"), in a form that is not trained on."""
     groups = [group for group in by_relation(items).values() if group[0].relation.follow_ups]
     rows = []
     for number in range(count):
