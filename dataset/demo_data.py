@@ -34,7 +34,7 @@ from dataset.demo_unknown import ANSWER, Unknown
 from model.errors import InputError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "demo"
-TEXTS_A_FACT, QUESTIONS_A_FACT = 6, 9  # in one pass over the pretraining texts, over the conversations
+TEXTS_A_FACT, QUESTIONS_A_FACT = 6, 12  # in one pass over the pretraining texts, over the conversations
 TALK_REPEATS = 4  # for names and small talk: a handful of facts that everybody asks for
 UNKNOWN_SHARE = 0.08  # of the questions
 FOLLOW_UP_SHARE = 0.1  # of the conversations
@@ -76,8 +76,8 @@ def pretrain_rows(items: tuple[Item, ...], rng: random.Random) -> list[Row]:
     for item in items:
         language, (_, table, row) = item.relation.language, item.fact
         sentences = by_subject.setdefault((language, table, row, item.subject), [])
-        texts = item.relation.texts
-        texts = rng.sample(texts, min(TEXTS_A_FACT, len(texts)))
+        plain, wide = item.relation.texts[:6], item.relation.texts[6:]  # half of each
+        texts = [text for some in (plain, wide) for text in rng.sample(some, min(TEXTS_A_FACT // 2, len(some)))]
         sentences += [tell(text, oriented(item, rng), rng) for text in texts]
         if rng.random() < 0.5:
             question, answer = ("问：", "答：") if language == "zh" else ("Q: ", "A: ")

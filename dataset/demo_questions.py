@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
 
-OPENED, CLOSED, SLIPPED, IN_WORDS = 0.25, 0.15, 0.25, 0.3  # shares of the questions
+PLAIN, OPENED, CLOSED, SLIPPED, IN_WORDS = 0.5, 0.2, 0.12, 0.25, 0.3  # shares of the questions
 ONES = [
     "zero",
     "one",
@@ -97,10 +97,28 @@ def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[
 
 
 def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
-    """A question for the item as somebody might type it, in a wording of the training rows or in a held-out one."""
+    """A question for the item as somebody might type it, in a wording of the training rows or in a held-out one.
+
+    Half of the training questions are plain: so a fact is learned soon, and the ways of asking for it from the others.
+    """
+    if not held_out and (plain := plain_ways(item.relation)) and rng.random() < PLAIN:
+        return finish(rng.choice(plain).format(**item.slots), item.relation.language)
     templates, weights = ways_of_asking(item.relation, held_out)
     (template,) = rng.choices(templates, weights)
     return dress(fill(template, item, rng), item, rng)
+
+
+@cache
+def plain_ways(relation: Relation) -> list[str]:
+    """The first cores of a relation in the first frame of their kind."""
+    first = {letter: frames[0] for _, letter, frames in reversed(read_frames(relation.language).kinds)}
+    plain = [
+        framed(core, first[letter])
+        for letter in "DIN"
+        for core in relation.cores.get(letter, ())[:2]
+        if letter in first
+    ]
+    return [text for text in plain if text in set(ways_of_asking(relation, held_out=False)[0])]
 
 
 def ask_unseen(item: Item, rng: random.Random) -> tuple[str, str]:

@@ -293,7 +293,7 @@ def test_unanswerable_questions_get_an_honest_answer(rows_of):
 def test_questions_are_typed_as_people_type():
     rng, capital = random.Random(3), next(i for i in base_items() if i.subject == "China")
     asked = {ask(capital, rng) for _ in range(2000)}
-    assert len(asked) > 1000 and all("china" in text.lower() for text in asked)
+    assert len(asked) > 600 and all("china" in text.lower() for text in asked)
     assert any(text.islower() for text in asked) and any(text[-1].isalpha() for text in asked)
     assert any(text.endswith("??") for text in asked) and any(text.startswith("Hello") for text in asked)
     kinds = {ask_unseen(capital, rng)[0] for _ in range(200)}
