@@ -232,7 +232,7 @@ def test_sft_asks_every_fact_in_many_wordings(rows_of):
     for item in base_items():
         if "x" not in item.slots:  # these come in either order
             different = sum(answers[render(form, item)] for form in item.relation.answers)
-            assert different >= 0.7 * demo.QUESTIONS_A_FACT, item
+            assert different >= 0.35 * demo.QUESTIONS_A_FACT, item
     for name in ("sft_val", "unseen_val"):
         held_out = [(row["relation"], row["language"], row["answer"]) for row in rows_of[name]]
         assert held_out == [(item.relation.name, item.relation.language, item.answer) for item in base_items()]
