@@ -49,8 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--stages", nargs="+", choices=[*STAGES, "all"], default=["pretrain", "sft"],
         help="what to train, in this order (default: pretrain sft)",
     )  # fmt: skip
-    add("--pretrain_epochs", type=COUNT, default=3, help="passes over the embedded texts (default: 3)")
-    add("--sft_epochs", type=COUNT, default=2, help="passes over the embedded conversations (default: 2)")
+    add("--pretrain_epochs", type=COUNT, default=1, help="passes over the embedded texts (default: 1)")
+    add("--sft_epochs", type=COUNT, default=3, help="passes over the embedded conversations (default: 3)")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights and data order (default: 42)")
     add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
