@@ -8,6 +8,7 @@ import random
 import re
 import zlib
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
@@ -78,7 +79,7 @@ def bare(template: str) -> str:
 
 @cache
 def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[float]]:
-    """All wordings of one split, and how often each comes up: a kind of asking by the number of its cores.
+    """All wordings of one split with their cumulative weights: a kind of asking comes up by the number of its cores.
 
     One wording in eight is kept out of training, and H lines where a relation has few wordings (small talk).
     """
@@ -93,7 +94,7 @@ def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[
     if held_out and len(templates) < FEW:
         templates += relation.held_out
         weights += [1] * len(relation.held_out)
-    return templates, weights
+    return templates, list(accumulate(weights))
 
 
 def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
@@ -101,19 +102,19 @@ def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
 
     A quarter of the training questions is plain: so a fact is learned soon, and the ways of asking from the others.
     """
-    plain, (templates, weights) = plain_ways(item.relation), ways_of_asking(item.relation, held_out)
+    plain, (templates, cumulative) = plain_ways(item.relation), ways_of_asking(item.relation, held_out)
     while True:
         if plain and not held_out and rng.random() < PLAIN:
             question = finish(rng.choice(plain).format(**item.slots), item.relation.language)
         else:
-            question = dress(fill(*rng.choices(templates, weights), item, rng), item, rng)
+            question = dress(fill(*rng.choices(templates, cum_weights=cumulative), item, rng), item, rng)
         if not gives_away(question, item.answer):
             return question
 
 
 def gives_away(question: str, answer: str) -> bool:
     """Whether a question happens to have the answer among its words ("I forgot the past tense of forget")."""
-    if not answer.isascii():
+    if not answer.isascii() or answer.casefold() not in question.casefold():
         return len(answer) > 1 and answer in question
     flags = re.IGNORECASE if len(answer) > 2 else 0
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", question, flags) is not None
@@ -129,7 +130,8 @@ def plain_ways(relation: Relation) -> list[str]:
         for core in relation.cores.get(letter, ())[:2]
         if letter in first
     ]
-    return [text for text in plain if text in set(ways_of_asking(relation, held_out=False)[0])]
+    trained = set(ways_of_asking(relation, held_out=False)[0])
+    return [text for text in plain if text in trained]
 
 
 def ask_unseen(item: Item, rng: random.Random) -> tuple[str, str]:
