@@ -49,11 +49,11 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------------------ the checks
 
-    def first_minibatch(self, apart: Tensor) -> None:
-        """apart (n,): |log ratio| of the tokens in the first minibatch after a rollout, where the ratio has to be 1."""
-        if not apart.numel():
+    def first_minibatch(self, log_ratio: Tensor) -> None:
+        """log_ratio (n,): of the tokens in the first minibatch after a rollout, where the ratio has to be 1."""
+        if not log_ratio.numel():
             return
-        apart = float(apart.mean() if self.truncated else apart.max())
+        apart = float(log_ratio.abs().mean() if self.truncated else log_ratio.abs().max())
         if self.run.dtype == torch.float32 and not apart < MOST_APART:
             raise InputError(
                 f"what was sampled is not what is scored: before the first update of step {self.run.step} their "
