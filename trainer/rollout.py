@@ -12,6 +12,7 @@ Shapes: N samples of this rank, G to a prompt, one behind another; T tokens of t
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from model.generation import Engine, Request
 from model.loss import target_places
 from model.outputs import MiniMindOutput
 from model.sampling import Truncation
-from trainer.rewards import Reply, accuracies, repetition_term
+from trainer.rewards import Reply, Term, accuracies, repetition_term, score
 from trainer.runtime.flags import COUNT, SWITCH, number
+from trainer.runtime.reference import weights_hash
 from trainer.runtime.run import Run
 from trainer.runtime.steps import MicroBatch, Step
 from trainer.runtime.watch import Watch
@@ -51,16 +53,29 @@ def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def make_sampler(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Engine:
-    """The engine that samples from the policy. Dropout goes out of it: the engine knows none, so scoring may not."""
-    for module in policy.modules():
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with its dropout off for good: the engine knows none, so scoring may have none either."""
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    at_once = MOST_AT_ONCE.get(run.device.type, 64)
-    context = run.args.max_seq_len
+    return model
+
+
+def make_sampler(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Engine:
+    """The engine that samples from the policy."""
+    at_once, context = MOST_AT_ONCE.get(run.device.type, 64), run.args.max_seq_len
+    policy = without_dropout(policy)
     return Engine(policy, tokenizer, max_batch=at_once, context=context, prefill_chunk=2048, dtype=run.dtype)
+
+
+def settings(args: argparse.Namespace, terms: list[Term], reference: nn.Module | None, *names: str) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on with: these flags, and those of all RL stages."""
+    names += ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "reasoning", "num_generations")
+    found = {f"--{name}": getattr(args, name) for name in names}
+    found["--rewards"] = ",".join(f"{term.name}={term.weight:g}" for term in terms)
+    return found | ({"reference weights": weights_hash(reference)} if reference else {})
 
 
 def prompts_of(batches: list[MicroBatch]) -> list[tuple[int, int]]:
@@ -144,17 +159,32 @@ def token_logprobs(net: Callable, batch: MicroBatch, args: argparse.Namespace) -
 
 
 @torch.no_grad()
-def reference_logprobs(reference: nn.Module, rollout: MicroBatch, run: Run) -> Tensor:
-    """log pi of the replies under a frozen model, (N, T), a micro-batch of similar lengths at a time."""
+def in_parts(compute: Callable[[MicroBatch], Tensor], rollout: MicroBatch, run: Run) -> Tensor:
+    """compute(some of the rollout) -> (B, t), of all of it: (N, T); a micro-batch of similar lengths at a time."""
     values = torch.zeros_like(rollout.extra["old"])
     order = rollout.inputs["attention_mask"].sum(1).argsort().cpu().numpy()
     for begin in range(0, len(order), run.batch_size):
         places = order[begin : begin + run.batch_size]
-        part = rollout.take(places, 0)
         with run.autocast():
-            logprobs, _, _ = token_logprobs(reference, part, run.args)
-        values[torch.from_numpy(places).to(values.device), : logprobs.shape[1]] = logprobs
+            found = compute(rollout.take(places, 0))
+        values[torch.from_numpy(places).to(values.device), : found.shape[1]] = found.float()
     return values
+
+
+def reference_logprobs(reference: nn.Module, rollout: MicroBatch, run: Run) -> Tensor:
+    """log pi of the replies under a frozen model, (N, T)."""
+    return in_parts(lambda part: token_logprobs(reference, part, run.args)[0], rollout, run)
+
+
+def held_out(model, batch: MicroBatch, sampler: Engine, actor, prompts: RLAIFDataset, terms: list[Term], args) -> dict:
+    """The likeliest reply to each held-out prompt: reward, accuracies and length, summed."""
+    asked = [(0, number) for number in batch.extra["prompt"].tolist() if number >= 0]
+    with actor.gathered():
+        sampler.refresh()
+        replies = roll_out(sampler, asked, prompts, args, draw=None)
+    right = {name: (values.sum(), len(values)) for name, values in accuracies(replies, args.reasoning).items()}
+    lengths = sum(len(reply.ids) for reply in replies)
+    return {"reward": score(terms, replies)["reward"].sum(), "reply_tokens": lengths, **right}
 
 
 def report(

@@ -40,20 +40,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
 from model.loading import load_tokenizer
-from trainer.rewards import Reply, Term, accuracies, add_reward_flags, open_rewards, score
+from trainer.rewards import Reply, Term, add_reward_flags, open_rewards, score
 from trainer.rollout import (
     add_rollout_flags,
     as_batch,
+    held_out,
     make_sampler,
     prompts_of,
     reference_logprobs,
     report,
     roll_out,
+    settings,
     token_logprobs,
 )
 from trainer.runtime.distributed import rank
 from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
-from trainer.runtime.reference import open_reference, weights_hash
+from trainer.runtime.reference import open_reference
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
 from trainer.runtime.watch import Watch
@@ -129,36 +131,7 @@ def sample_groups(sampler, step, prompts: RLAIFDataset, terms: list[Term], args)
     return replies, rewards
 
 
-def held_out(model, batch, sampler, actor, prompts: RLAIFDataset, terms: list[Term], args) -> dict:
-    """The likeliest reply to each held-out prompt: reward, accuracies and length, summed."""
-    asked = [(0, n) for n in batch.extra["prompt"].tolist() if n >= 0]
-    with actor.gathered():
-        sampler.refresh()
-        replies = roll_out(sampler, asked, prompts, args, draw=None)
-    right = {name: (values.sum(), len(values)) for name, values in accuracies(replies, args.reasoning).items()}
-    lengths = sum(len(reply.ids) for reply in replies)
-    return {"reward": score(terms, replies)["reward"].sum(), "reply_tokens": lengths, **right}
-
-
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-def settings(args: argparse.Namespace, terms: list[Term], reference: torch.nn.Module | None) -> dict[str, object]:
-    """What a resumed run must have in common with the one it goes on with."""
-    names = (
-        "loss_type",
-        "beta",
-        "eps_low",
-        "eps_high",
-        "kl_unbiased",
-        "inner_epochs",
-        "minibatches",
-        "num_generations",
-    )
-    names += ("dynamic_sampling", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "reasoning")
-    found = {f"--{name}": getattr(args, name) for name in names}
-    found["--rewards"] = ",".join(f"{term.name}={term.weight:g}" for term in terms)
-    return found | ({"reference weights": weights_hash(reference)} if reference else {})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -206,7 +179,17 @@ def main(args: argparse.Namespace) -> None:
     prompts, val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", tokenizer, run)
     terms = open_rewards(args, run, prompts, tokenizer)
     run.plan(policy, prompts)
-    run.settings = settings(args, terms, reference)
+    names = (
+        "loss_type",
+        "beta",
+        "eps_low",
+        "eps_high",
+        "kl_unbiased",
+        "inner_epochs",
+        "minibatches",
+        "dynamic_sampling",
+    )
+    run.settings = settings(args, terms, reference, *names)
     sampler = make_sampler(policy, tokenizer, run)
     watch = Watch(run)
 
