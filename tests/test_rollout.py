@@ -13,7 +13,7 @@ from model.errors import InputError
 from model.generation import Engine, Request
 from model.sampling import Truncation
 from trainer.rewards import Reply
-from trainer.rollout import add_rollout_flags, as_batch, make_sampler, prompts_of, roll_out, token_logprobs
+from trainer.rollout import as_batch, make_sampler, parse_rl, prompts_of, rl_parser, roll_out, token_logprobs
 from trainer.runtime.steps import MicroBatch
 
 HOW = {
@@ -240,13 +240,13 @@ def test_prompts_without_room_are_left_out_and_told(tmp_path, tokenizer, capsys)
         RLAIFDataset(path, tokenizer, 64, reply=56)
 
 
-def test_flags_of_sampling():
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_rollout_flags(parser)
-    assert parser.parse_args([]).temperature == 1 and not parser.parse_args([]).reasoning
-    for wrong in "--temperature=0", "--top_p=0", "--max_new_tokens=0", "--min_p=2":
-        with pytest.raises(SystemExit):
-            parser.parse_args([wrong])
+def test_flags_of_sampling(capsys):
+    args = parse_rl(rl_parser("doc", 4), [])
+    assert args.temperature == 1 and not args.reasoning and args.num_generations == 4 and args.from_weight == "full_sft"
+    assert parse_rl(rl_parser("doc", 4), ["--reasoning"]).from_weight == "reason"
+    assert parse_rl(rl_parser("doc", 4), ["--reasoning", "--from_weight=rlhf"]).from_weight == "rlhf"
+    for wrong in "--temperature=0", "--top_p=0", "--max_new_tokens=0", "--min_p=2", "--max_new_tokens=512":
+        with pytest.raises(SystemExit) as ended:
+            parse_rl(rl_parser("doc", 4), [wrong])
+        assert ended.value.code == 2 and wrong.split("=")[0] in capsys.readouterr().err
     assert Reply([], "").row == BLANK

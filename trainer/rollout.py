@@ -12,6 +12,7 @@ Shapes: N samples of this rank, G to a prompt, one behind another; T tokens of t
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,29 @@ from model.generation import Engine, Request
 from model.loss import target_places
 from model.outputs import MiniMindOutput
 from model.sampling import Truncation
-from trainer.rewards import Reply, Term, accuracies, repetition_term, score
-from trainer.runtime.flags import COUNT, SWITCH, number
+from trainer.rewards import Reply, Term, accuracies, add_reward_flags, open_rewards, repetition_term, score
+from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
 from trainer.runtime.reference import weights_hash
 from trainer.runtime.run import Run
+from trainer.runtime.start import open_data
 from trainer.runtime.steps import MicroBatch, Step
 from trainer.runtime.watch import Watch
 
+START = "full_sft, or reason with --reasoning 1"
 GREEDY = {"temperature": 0.0}
 MOST_AT_ONCE = {"cuda": 256}  # sequences that the engine decodes together; elsewhere 64
 
 
-def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
-    """How replies are sampled."""
+def rl_parser(doc: str, generations: int, least: int = 1) -> argparse.ArgumentParser:
+    """The flags of all RL stages: the common ones, sampling, rewards, how often a rollout is used."""
+    parser = common_parser(doc, data="rlaif-mini.jsonl", from_weight=START, epochs=1, lr={"adamw": 1e-4, "muon": 3e-4})
+    add_reward_flags(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--max_new_tokens", type=COUNT, default=128, help="tokens of a reply at most (default: 128)")
+    group.add_argument(
+        "--num_generations", type=number(int, least), default=generations,
+        help=f"replies to a prompt (default: {generations})",
+    )  # fmt: skip
     group.add_argument(
         "--temperature", type=number(float, 0.01, 100), default=1.0, help="of sampling and scoring (default: 1)"
     )
@@ -49,8 +58,28 @@ def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--reasoning", **SWITCH, default=False,
-        help="1: replies are <think> ... </think> <answer> ... </answer>, from the reason weights (default: 0)",
+        help="1: replies are <think> ... </think> <answer> ... </answer>, rewarded for that form too (default: 0)",
     )  # fmt: skip
+    return parser
+
+
+def parse_rl(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags, checked together, with the weights to start from where none are named."""
+    args = parser.parse_args(argv)
+    if args.max_new_tokens >= args.max_seq_len:
+        parser.error(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in {args.max_seq_len} tokens")
+    if args.from_weight == START:
+        args.from_weight = "reason" if args.reasoning else "full_sft"
+    return args
+
+
+def open_prompts(
+    args: argparse.Namespace, run: Run, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RLAIFDataset, RLAIFDataset | None, list[Term]]:
+    """Prompts to train on, held-out ones, and the terms that replies to them are rewarded with."""
+    kind = partial(RLAIFDataset, reply=args.max_new_tokens)
+    prompts, val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", tokenizer, run)
+    return prompts, val_set, open_rewards(args, run, prompts, tokenizer)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

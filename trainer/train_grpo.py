@@ -40,24 +40,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
 from model.loading import load_tokenizer
-from trainer.rewards import Reply, Term, add_reward_flags, open_rewards, score
+from trainer.rewards import Reply, Term, score
 from trainer.rollout import (
-    add_rollout_flags,
     as_batch,
     held_out,
     make_sampler,
+    open_prompts,
+    parse_rl,
     prompts_of,
     reference_logprobs,
     report,
+    rl_parser,
     roll_out,
     settings,
     token_logprobs,
 )
 from trainer.runtime.distributed import rank
-from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
+from trainer.runtime.flags import COUNT, SWITCH, number
 from trainer.runtime.reference import open_reference
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, make_engine, open_data, run_training
+from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.watch import Watch
 
 DEFAULTS = {  # of each --loss_type
@@ -135,13 +137,8 @@ def sample_groups(sampler, step, prompts: RLAIFDataset, terms: list[Term], args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="rlaif-mini.jsonl", from_weight="full_sft", epochs=1, lr={"adamw": 1e-4, "muon": 3e-4}
-    )
-    add_rollout_flags(parser)
-    add_reward_flags(parser)
+    parser = rl_parser(__doc__, generations=8, least=2)
     group = parser.add_argument_group("policy optimisation")
-    group.add_argument("--num_generations", type=number(int, 2), default=8, help="G, replies to a prompt (default: 8)")
     group.add_argument("--loss_type", choices=list(DEFAULTS), default="grpo", help="see above (default: grpo)")
     group.add_argument("--eps_low", type=number(float, 0, 1), default=0.2, help="clip below 1 - eps (default: 0.2)")
     group.add_argument(
@@ -155,13 +152,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dynamic_sampling", type=number(int, 0), nargs="?", const=3, default=0,
         help="so many times a step (bare: 3) groups without a signal give way to other prompts (default: 0)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parse_rl(parser, argv)
     for name, value in DEFAULTS[args.loss_type].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.max_new_tokens >= args.max_seq_len:
-        parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len {args.max_seq_len}"
-        )
     return args
 
 
@@ -175,9 +168,7 @@ def main(args: argparse.Namespace) -> None:
     reference = copy.deepcopy(open_reference(args, policy, run)).eval().requires_grad_(False) if args.beta else None
 
     # 3. Data: prompts, what they are rewarded for, and the engine that answers them
-    kind = partial(RLAIFDataset, reply=args.max_new_tokens)
-    prompts, val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", tokenizer, run)
-    terms = open_rewards(args, run, prompts, tokenizer)
+    prompts, val_set, terms = open_prompts(args, run, tokenizer)
     run.plan(policy, prompts)
     names = (
         "loss_type",

@@ -35,21 +35,23 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
+from dataset.lm_dataset import BLANK, IGNORED
 from model.errors import InputError
 from model.heads import MiniMindForScoring
 from model.loading import find_weights, load_model, load_tokenizer
 from model.outputs import ScoringOutput
-from trainer.rewards import Reply, add_reward_flags, open_rewards, score
+from trainer.rewards import Reply, score
 from trainer.rollout import (
-    add_rollout_flags,
     as_batch,
     held_out,
     in_parts,
     make_sampler,
+    open_prompts,
+    parse_rl,
     prompts_of,
     reference_logprobs,
     report,
+    rl_parser,
     roll_out,
     settings,
     token_logprobs,
@@ -57,10 +59,10 @@ from trainer.rollout import (
 )
 from trainer.runtime.distributed import sum_over_ranks
 from trainer.runtime.engine import Engine
-from trainer.runtime.flags import COUNT, common_parser, number
+from trainer.runtime.flags import COUNT, number
 from trainer.runtime.reference import open_reference
 from trainer.runtime.run import Run
-from trainer.runtime.start import build_model, make_engine, open_data, run_training
+from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.steps import MicroBatch
 from trainer.runtime.watch import Watch
 
@@ -148,13 +150,8 @@ def penalised(rewards: Tensor, replies: list[Reply], penalty: float) -> tuple[Te
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="rlaif-mini.jsonl", from_weight="full_sft", epochs=1, lr={"adamw": 1e-4, "muon": 3e-4}
-    )
-    add_rollout_flags(parser)
-    add_reward_flags(parser)
+    parser = rl_parser(__doc__, generations=4)
     group = parser.add_argument_group("policy optimisation")
-    group.add_argument("--num_generations", type=COUNT, default=4, help="replies to a prompt (default: 4)")
     group.add_argument(
         "--critic_weight", default="policy", help="layers of the critic: policy, or a stage or file such as reward"
     )
@@ -170,10 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--target_kl", type=number(float, 0), default=0.05, help="KL to pi_old that ends the updates (default: 0.05)"
     )
-    args = parser.parse_args(argv)
-    if args.max_new_tokens >= args.max_seq_len:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in {args.max_seq_len} tokens")
-    return args
+    return parse_rl(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -187,9 +181,7 @@ def main(args: argparse.Namespace) -> None:
     critic_model = make_critic(args, policy, reference, run)
 
     # 3. Data: prompts, what they are rewarded for, and the engine that answers them
-    kind = partial(RLAIFDataset, reply=args.max_new_tokens)
-    prompts, val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", tokenizer, run)
-    terms = open_rewards(args, run, prompts, tokenizer)
+    prompts, val_set, terms = open_prompts(args, run, tokenizer)
     run.plan(policy, prompts)
     names = ("gamma", "lam", "eps", "eps_value", "beta", "cut_penalty", "inner_epochs", "minibatches", "target_kl")
     run.settings = settings(args, terms, reference, *names)
