@@ -14,10 +14,9 @@ from small_runs import plain_sgd, read_log
 from dataset.lm_dataset import BLANK
 from model.errors import InputError
 from model.loading import load_model
-from trainer import rollout as rollout_module
 from trainer import train_grpo
 from trainer.rewards import Reply
-from trainer.runtime import start, watch
+from trainer.runtime import rl, start, watch
 from trainer.runtime.steps import MicroBatch, Step
 from trainer.train_grpo import DEFAULTS, group_advantages, grpo_loss, parse_args, sample_groups
 
@@ -284,7 +283,7 @@ def test_the_reward_rises(tmp_path):
         return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
 
     flags = ["--max_steps=20", "--num_generations=8", "--learning_rate=2e-2", "--top_k=0", "--inner_epochs=2"]
-    with mock.patch.object(train_grpo, "score", reward), mock.patch.object(rollout_module, "score", reward):
+    with mock.patch.object(train_grpo, "score", reward), mock.patch.object(rl, "score", reward):
         log = train(tmp_path, *flags, "--eval_interval=6")
     rewards = [line["reward"] for line in log]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards

@@ -10,16 +10,15 @@ from small_rl import actor_of, checkpoint_of, start_of, write_world
 from small_runs import plain_sgd, read_log
 
 from model.errors import InputError
-from trainer import rollout as rollout_module
 from trainer import train_ppo
 from trainer.rewards import Reply
-from trainer.runtime import start, watch
+from trainer.runtime import rl, start, watch
+from trainer.runtime.rl import unequal
 from trainer.runtime.steps import MicroBatch
 from trainer.train_ppo import (
     explained,
     gae,
     parse_args,
-    penalised,
     policy_loss,
     token_rewards,
     token_values,
@@ -86,11 +85,10 @@ def test_whitening_by_hand():
     torch.testing.assert_close(whiten(values, MASK), wanted.float())
 
 
-def test_a_cut_reply_pays_and_equal_rewards_say_nothing():
-    replies = [Reply([], "", row=0), Reply([], "", row=1, cut=True), Reply([], "")]  # the last one only fills up
-    rewards, differ = penalised(torch.tensor([1.0, 1.0, 0.0]), replies, 0.5)
-    assert rewards.tolist() == [1, 0.5, 0] and differ.tolist() == [True, True, False]
-    assert not penalised(torch.tensor([1.0, 1.0, 0.0]), replies, 0.0)[1].any()
+def test_equal_rewards_say_nothing():
+    replies = [Reply([], "", row=0), Reply([], "", row=1), Reply([], "")]  # the last one only fills up
+    assert unequal(torch.tensor([1.0, 0.5, 0.0]), replies).tolist() == [True, True, False]
+    assert not unequal(torch.tensor([1.0, 1.0, 0.0]), replies).any()
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -187,6 +185,14 @@ def test_a_run_is_whole(tmp_path):
     assert (tmp_path / "ppo_actor_32.pth").exists()
 
 
+def test_a_cut_reply_pays(tmp_path):
+    """All replies of a random model are cut: rewards are lower by the penalty, and so is what the critic learns."""
+    logs = [train(tmp_path / str(p), f"--cut_penalty={p}", "--max_steps=1", "--learning_rate=0") for p in (0, 2)]
+    assert logs[0][0]["cut"] == 1 and logs[1][0]["reward"] == pytest.approx(logs[0][0]["reward"] - 2)
+    assert logs[1][0]["value_loss"] > logs[0][0]["value_loss"]
+    assert logs[1][0]["val_reward"] == logs[0][0]["val_reward"]  # held-out replies are told as they are
+
+
 def test_the_critic_from_the_reward_model(tmp_path):
     log = train(tmp_path, "--critic_weight=reward", "--learning_rate=0", "--max_steps=1")
     judge = torch.load(tmp_path / "reward_32.pth", weights_only=True)
@@ -207,7 +213,7 @@ def test_the_reward_rises_and_the_critic_foresees_it(tmp_path):
         return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
 
     flags = ["--max_steps=20", "--num_generations=8", "--learning_rate=2e-2", "--top_k=0", "--target_kl=1"]
-    with mock.patch.object(train_ppo, "score", reward), mock.patch.object(rollout_module, "score", reward):
+    with mock.patch.object(train_ppo, "score", reward), mock.patch.object(rl, "score", reward):
         log = train(tmp_path, *flags, "--beta=0", "--cut_penalty=0")
     rewards = [line["reward"] for line in log]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards

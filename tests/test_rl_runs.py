@@ -12,6 +12,7 @@ from small_rl import actor_of, checkpoint_of, same, start_of, write_world
 FLAGS = {
     "grpo": ["--num_generations=4", "--beta=0.1", "--weight_decay=0.1"],
     "ppo": ["--num_generations=2"],
+    "spo": ["--beta=0.1", "--spo_first_samples=1"],
 }
 NAMES = {"ppo": "ppo_actor"}  # of what a script writes, where it is not its own
 OF_A_RANK = {"explained", "degenerate", "nonzero_advantages"}  # computed on each rank and then averaged

@@ -13,7 +13,8 @@ from model.errors import InputError
 from model.generation import Engine, Request
 from model.sampling import Truncation
 from trainer.rewards import Reply
-from trainer.rollout import as_batch, make_sampler, parse_rl, prompts_of, rl_parser, roll_out, token_logprobs
+from trainer.rollout import as_batch, make_sampler, prompts_of, roll_out, token_logprobs
+from trainer.runtime.rl import parse_rl, rl_parser
 from trainer.runtime.steps import MicroBatch
 
 HOW = {

@@ -35,6 +35,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NUMBER = re.compile(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 MOST = 3.0  # of a reward model's score, either way
+PENALTIES, PENALTY = ("length", "repetition"), (-1.0, 0.0)
 NAMES = ("answer", "format", "tags", "length", "repetition", "reward_model")
 
 
@@ -57,6 +58,11 @@ class Term(NamedTuple):
     name: str
     weight: float
     score: Callable[[list[Reply]], list[float]]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and most that it can be, unweighted."""
+        return (-MOST, MOST) if self.name == "reward_model" else PENALTY if self.name in PENALTIES else (0.0, 1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- one reply

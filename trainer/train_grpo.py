@@ -41,23 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
 from model.loading import load_tokenizer
 from trainer.rewards import Reply, Term, score
-from trainer.rollout import (
-    as_batch,
-    held_out,
-    make_sampler,
-    open_prompts,
-    parse_rl,
-    prompts_of,
-    reference_logprobs,
-    report,
-    rl_parser,
-    roll_out,
-    settings,
-    token_logprobs,
-)
+from trainer.rollout import as_batch, make_sampler, prompts_of, reference_logprobs, roll_out, token_logprobs
 from trainer.runtime.distributed import rank
 from trainer.runtime.flags import COUNT, SWITCH, number
 from trainer.runtime.reference import open_reference
+from trainer.runtime.rl import held_out, open_prompts, parse_rl, report, rl_parser, settings
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.watch import Watch

@@ -35,25 +35,19 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import BLANK, IGNORED
+from dataset.lm_dataset import IGNORED
 from model.errors import InputError
 from model.heads import MiniMindForScoring
 from model.loading import find_weights, load_model, load_tokenizer
 from model.outputs import ScoringOutput
-from trainer.rewards import Reply, score
+from trainer.rewards import score
 from trainer.rollout import (
     as_batch,
-    held_out,
     in_parts,
     make_sampler,
-    open_prompts,
-    parse_rl,
     prompts_of,
     reference_logprobs,
-    report,
-    rl_parser,
     roll_out,
-    settings,
     token_logprobs,
     without_dropout,
 )
@@ -61,6 +55,7 @@ from trainer.runtime.distributed import sum_over_ranks
 from trainer.runtime.engine import Engine
 from trainer.runtime.flags import COUNT, number
 from trainer.runtime.reference import open_reference
+from trainer.runtime.rl import held_out, open_prompts, parse_rl, report, rl_parser, settings, unequal
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.steps import MicroBatch
@@ -138,14 +133,6 @@ def explained(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return (1 - (returns - values)[mask].var() / returns[mask].var())[None]
 
 
-def penalised(rewards: Tensor, replies: list[Reply], penalty: float) -> tuple[Tensor, Tensor]:
-    """Rewards (N,) less the penalty of each reply that was cut, and whether they are above or below the mean (N,)."""
-    rewards = rewards - penalty * torch.tensor([float(reply.cut) for reply in replies])
-    real = torch.tensor([reply.row != BLANK for reply in replies], dtype=torch.bool)
-    mean = rewards[real].mean() if real.any() else 0.0
-    return rewards, ((rewards - mean).abs() > 1e-6) & real
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -201,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
                 asked = prompts_of(step.batches)
                 replies = roll_out(sampler, asked, prompts, args, args.num_generations, draw=(step.number,))
                 rewards = score(terms, replies)
-            rewards["reward"], differ = penalised(rewards["reward"], replies, args.cut_penalty)
+            rewards["reward"] -= args.cut_penalty * torch.tensor([float(reply.cut) for reply in replies])
 
             # b. As a batch; what the reference and the critic say of every token; advantages and returns
             rollout = as_batch(replies, prompts, run.device)
@@ -211,6 +198,7 @@ def main(args: argparse.Namespace) -> None:
             R = token_rewards(rewards["reward"].to(run.device), old, ref, mask, args.beta)
             advantages, returns = gae(R, values, mask, args.gamma, args.lam)
             rollout.extra.update(values=values, returns=returns, advantages=whiten(advantages, mask))
+            differ = unequal(rewards["reward"], replies)
             report(step, watch, replies, rewards, differ, differ)
             step.note_samples(kl=(old - ref)[mask], value=values[mask], explained=explained(values, returns, mask))
 
