@@ -271,7 +271,7 @@ def test_a_run_is_whole(tmp_path):
     assert all(names | {"val_accuracy", "val_lenient_accuracy", "val_reply_tokens"} <= line.keys() for line in log)
     assert log[0]["degenerate"] == 0 and log[0]["nonzero_advantages"] == 1 and log[0]["reply_tokens"] <= 6
     model, info = load_model(tmp_path / "grpo_32.pth")
-    assert info["stage"] == "grpo"
+    assert info["stage"] == "grpo" and (tmp_path / "logs" / "grpo_32.png").stat().st_size > 5000
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(weights, actor_of(tmp_path, "grpo").half().float())
 

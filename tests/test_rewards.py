@@ -127,9 +127,9 @@ def weights_of(terms):
     return {term.name: term.weight for term in terms}
 
 
-def save_reward_model(folder, tokenizer):
+def save_reward_model(folder, tokenizer, **sizes):
     torch.manual_seed(0)
-    model = MiniMindForScoring(MiniMindConfig(hidden_size=64, num_hidden_layers=1)).eval()
+    model = MiniMindForScoring(MiniMindConfig(hidden_size=64, num_hidden_layers=1, **sizes)).eval()
     torch.nn.init.normal_(model.score.weight, std=0.2)
     save_weights(
         model, folder / "reward_64.pth", stage="reward", tokens_seen=0, data_path="x", data_hash="h", trained_length=64
@@ -158,6 +158,12 @@ def test_what_is_missing_is_said(tmp_path, tokenizer):
     with pytest.raises(InputError, match="no row has an"):
         choose(tmp_path, tokenizer, "--rewards=answer=1", answers=[None])
     with pytest.raises(InputError, match=r"reward_512.pth does not exist: train it with trainer/train_reward.py"):
+        choose(tmp_path, tokenizer, "--rewards=reward_model=1")
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path, tokenizer):
+    save_reward_model(tmp_path, tokenizer, vocab_size=97)
+    with pytest.raises(InputError, match="reward_64.pth knows 97 tokens, the policy's tokenizer has 6400"):
         choose(tmp_path, tokenizer, "--rewards=reward_model=1")
 
 

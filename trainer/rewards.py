@@ -199,6 +199,11 @@ def open_rewards(
     }  # fmt: skip
     if "reward_model" in weights:
         model, _ = load_model(path, device=run.device, kind=MiniMindForScoring)
+        if model.config.vocab_size < len(tokenizer):
+            raise InputError(
+                f"{path} knows {model.config.vocab_size} tokens, the policy's tokenizer has {len(tokenizer)}: "
+                "train a reward model with the same tokenizer"
+            )
         scores["reward_model"] = ModelScore(model, tokenizer, args.reasoning)
     why = "" if verifiable or "reward_model" in weights else f" (no answers in the data, and no {path.name})"
     named = f" of {path}" if "reward_model" in weights else ""
