@@ -163,7 +163,7 @@ def test_what_is_missing_is_said(tmp_path, tokenizer):
 
 def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path, tokenizer):
     save_reward_model(tmp_path, tokenizer, vocab_size=97)
-    with pytest.raises(InputError, match="reward_64.pth knows 97 tokens, the policy's tokenizer has 6400"):
+    with pytest.raises(InputError, match=r"reward_64\.pth knows 97 tokens, the policy's tokenizer has 6400"):
         choose(tmp_path, tokenizer, "--rewards=reward_model=1")
 
 

@@ -81,7 +81,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and deviation 1 over the tokens of all ranks: (N, T) -> (N, T), 0 outside the mask."""
-    chosen = values[mask].double()
+    chosen = values[mask].cpu().double()  # (MPS knows no float64)
     own = [float(chosen.sum()), float((chosen**2).sum()), float(len(chosen))]
     total, squares, count = sum_over_ranks(own, values.device)
     mean = total / max(count, 1)

@@ -142,7 +142,7 @@ class Step(Update):
             kept = np.argsort(~signal.cpu().numpy(), kind="stable")[: max(gather(int(signal.sum())))]
         shuffles = [kept[rng.permutation(len(kept))] for _ in range(epochs if len(kept) else 0)]
         shuffled = [part for shuffle in shuffles for part in np.array_split(shuffle, min(parts, len(kept)))]
-        counts = counts.double().cpu().numpy()
+        counts = counts.cpu().double().numpy()
         real = np.asarray(rollout.rows) != BLANK
         own = [float(values[part].sum()) for values in (counts, real) for part in shuffled]
         own += [float(counts.sum()), float(counts[kept].sum()), rollout.tokens]
