@@ -21,10 +21,11 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import Dataset
 
-from dataset.chat import EncodedConversation, chat_template, encode_conversations
-from dataset.rows import row_conversation, row_pair, row_text
+from dataset.chat import EncodedConversation, chat_template, encode_conversations, encode_prompt
+from dataset.rows import read_jsonl, row_answer, row_conversation, row_pair, row_prompt, row_text
 from dataset.token_cache import Encoded, TokenCache, tokenize_file
 from dataset.token_cache import file_hash as file_hash  # also found here
+from model.errors import InputError
 
 IGNORED = -100
 PIECE = 1 << 18  # characters of a text that the tokenizer is given at once; it takes 100 times the bytes
@@ -319,6 +320,75 @@ def sum_by_pair(values: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
     """
     sums = values.new_zeros(len(values), int(documents.max()) + 1)
     return sums.scatter_add(1, documents, values)[:, 1:].unflatten(1, (-1, 2))
+
+
+class RLAIFDataset(Dataset):
+    """Prompts to sample replies to: {"conversations": ..., "answer": ...} rows; the last assistant turn is ignored.
+
+    Prompt i has turns[i], ids[i] (opened for the reply) and answers[i], None where nothing can be verified. A row of
+    the dataset is a prompt in the order of the epoch, padding on its left: {"input_ids": (T,), "attention_mask": (T,),
+    "prompt": its number, -1 in a BLANK one}.
+    """
+
+    eval_rows_at_once = 64  # sampling is faster with many
+
+    def __init__(
+        self, path, tokenizer, max_seq_len: int, cache_dir=None, packing: bool = True, seed: int = 0, reply: int = 0
+    ):
+        """max_seq_len: of a prompt and its reply of `reply` tokens; longer prompts are left out."""
+        room = max_seq_len - reply
+        self.data_path, self.data_hash, self.seed, self.pad_id = (
+            str(path),
+            file_hash(path),
+            seed,
+            tokenizer.pad_token_id,
+        )
+        rows = [
+            (line, row_prompt(row, f"{path}:{line}"), row_answer(row, f"{path}:{line}"))
+            for line, row in read_jsonl(path)
+        ]
+        encoded = [(line, turns, answer, encode_prompt(tokenizer, turns)) for line, turns, answer in rows]
+        kept = [row for row in encoded if len(row[3]) <= room]
+        if not kept:
+            raise InputError(
+                f"{path}: every prompt is longer than {room} tokens, what --max_seq_len leaves beside the reply"
+            )
+        self.lines, self.turns, self.answers, self.ids = (list(column) for column in zip(*kept, strict=True))
+        if len(kept) < len(rows):
+            print(f"{path}: left out {len(rows) - len(kept):,} prompts of more than {room} tokens")
+        self.longest = max(map(len, self.ids))
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of the prompts: another one in each epoch, the same whenever it is asked for."""
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = int(self.order[index]) if index != BLANK else -1
+        ids = self.ids[number] if index != BLANK else []
+        input_ids = torch.tensor([self.pad_id] * (self.longest - len(ids)) + ids)
+        attention_mask = (torch.arange(self.longest) >= self.longest - len(ids)).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "prompt": torch.tensor(number)}
+
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> int:
+        """Prompts in these rows."""
+        return int((batch["prompt"] >= 0).sum())
+
+    def tokens_per_row(self) -> float:
+        """Tokens of a prompt, on average."""
+        return sum(map(len, self.ids)) / len(self)
+
+    def summary(self) -> str:
+        """What a run says of its data before it starts."""
+        verifiable = sum(answer is not None for answer in self.answers)
+        return f"{len(self):,} prompts, {verifiable:,} with an answer to verify"
+
+    def describe(self, index: int) -> str:
+        """Where a prompt comes from: file:line."""
+        return f"{self.data_path}:{self.lines[self.order[index]]}"
 
 
 def token_byte_counts(tokenizer) -> torch.Tensor:

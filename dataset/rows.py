@@ -126,6 +126,32 @@ def row_pair(row: dict, where: str) -> tuple[list[dict], list[dict]]:
     return chosen, rejected
 
 
+def row_prompt(row: dict, where: str) -> list[dict]:
+    """The turns of a chat row that a reply is sampled to: without its last assistant turn, whose words nobody reads."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        raise InputError(f'{where}: a prompt row needs "conversations", this one has the keys {sorted(row)}')
+    if turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]
+    validate_conversation(turns, where=where, require_assistant=False)
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise InputError(
+            f"{where}: nothing is asked: a prompt ends with a user turn, not with the {turns[-1]['role']}'s"
+        )
+    return behind_system(turns, row, where)
+
+
+def row_answer(row: dict, where: str) -> str | None:
+    """The answer that makes a row verifiable, if it has one: a text, or a number."""
+    answer = row.get("answer")
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise InputError(f'{where}: the "answer" must be a text or a number, not {type(answer).__name__}')
+    check_text(str(answer), f"{where}: ")
+    return str(answer).strip()
+
+
 def row_side(row: dict, side: str, where: str) -> list[dict]:
     """The conversation of one side of a preference row, validated: the row's "prompt", if it has one, and an answer."""
     turns = row[side]
@@ -181,6 +207,7 @@ SYSTEM_KEYS = {"system", "tools", "functions"}
 ROW_KEYS = {
     row_text: {"text"},
     row_conversation: {"conversations", *SYSTEM_KEYS, *LABELS},
+    row_prompt: {"conversations", *SYSTEM_KEYS, *LABELS},
     row_pair: {"prompt", "chosen", "rejected", *SYSTEM_KEYS, *LABELS},
 }
 TURN_KEYS = {

@@ -33,6 +33,7 @@ from .functional import Rotate, are_plain, can_group, compute_dtype, each_expert
 from .LMConfig import MiniMindConfig
 from .loss import next_token_losses
 from .outputs import MiniMindModelOutput, MiniMindOutput
+from .sampling import Truncation
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Norm and positions
@@ -372,6 +373,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         temperature: float = 1.0,
+        truncation: Truncation | None = None,
         document_bounds: Tensor | None = None,
         target_places: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -383,10 +385,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         (N,) -> (N, V). return_logits=False: none, and the losses are computed without ever holding (B, T, V) float32
         numbers. equal_weights: the caller will give all token_losses the same weight, as in a mean (no more than a
         hint: it saves work on a CPU). num_items_in_batch replaces the number of targets that `loss` is divided by.
-        temperature: the losses are those of softmax(logits / temperature), from which tokens were sampled; the logits
-        returned are not divided. document_bounds and target_places: what the functions of these names give, from
-        before the batch was on a GPU. output_hidden_states: what each layer was given and what the head is given,
-        layers + 1 of (B, T, D). The other arguments are those of MiniMindModel.
+        temperature, truncation: the losses are those of softmax(logits / temperature) over the tokens that the
+        truncation leaves, from which tokens were sampled; the logits returned are the model's own. document_bounds and
+        target_places: what the functions of these names give, from before the batch was on a GPU. output_hidden_states:
+        what each layer was given and what the head is given, layers + 1 of (B, T, D). The other arguments are those of
+        MiniMindModel.
         """
         refuse_unknown(transformers_keys)
         if temperature <= 0:
@@ -410,7 +413,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if labels is not None:
             scaled = hidden if temperature == 1 else hidden / temperature
             token_losses, targets = next_token_losses(
-                scaled, self.lm_head.weight, labels, attention_mask, equal_weights, target_places
+                scaled,
+                self.lm_head.weight,
+                labels,
+                attention_mask,
+                equal_weights,
+                target_places,
+                truncation,
             )
             loss = token_losses.sum() / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if return_logits:

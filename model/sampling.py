@@ -7,6 +7,7 @@ Shapes:  B sequences   V vocabulary
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ class Request:
     stop: tuple[str, ...] | list[str] = ()
     stop_ids: tuple[int, ...] | list[int] | None = None
     top_logprobs: int = 0
+
+
+class Truncation(NamedTuple):
+    """What sampling takes away, where training scores what was sampled: as in Request."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def columns(self, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The settings as keep_likely takes them, (1, 1) each."""
+        top_k = min(self.top_k, vocab_size) or vocab_size
+        return (
+            torch.tensor([[top_k]], device=device),
+            torch.tensor([[float(self.top_p) if self.top_p < 1 else math.inf]], device=device),
+            torch.tensor([[float(self.min_p)]], device=device),
+        )
 
 
 class Sampler:

@@ -22,7 +22,6 @@ Shapes: B rows, T tokens in a row, P pairs in the fullest row of a batch (rows w
 """
 
 import argparse
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
-from model.loading import find_weights, load_model, load_tokenizer, write_files
-from trainer.runtime.checkpoint import computed_with, config_hash
+from model.loading import load_tokenizer, write_files
+from trainer.runtime.checkpoint import config_hash
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import common_parser, number
+from trainer.runtime.reference import open_reference, weights_hash
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
 from trainer.runtime.steps import MicroBatch, micro_batches, split_rows
@@ -87,26 +87,6 @@ def held_out(model: torch.nn.Module, batch: MicroBatch, args: argparse.Namespace
 
 
 # ------------------------------------------------------------------------------------------------------ the reference
-
-
-def open_reference(args: argparse.Namespace, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-    """The frozen --from_weight: at a run's start the policy itself, for a resumed run the weights it began with."""
-    if not run.checkpoint or args.from_weight == "none":  # a new model has the same values again, from --seed
-        return model
-    path = find_weights(
-        args.out_dir, args.from_weight, hidden_size=model.config.hidden_size, use_moe=model.config.use_moe
-    )
-    known = computed_with(model.config)  # of which a public .pth tells only a part
-    return load_model(path, config_overrides=known, device=run.device)[0]
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """BLAKE2b of all weights, 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def add_reference(dataset: DPODataset, model: torch.nn.Module, model_hash: str, run: Run) -> None:

@@ -10,4 +10,5 @@ evaluation.py       held-out means;  meters.py  what the log tells;  run_log.py 
 checkpoint.py       exact resume, and the self-test that proves it
 devices.py          device and precision;  memory.py  will it fit?  places.py  can it write, and is it alone there?
 distributed.py      processes and what they exchange
+rl.py               what the RL stages share;  watch.py  their run-time checks;  reference.py  the frozen start
 """

@@ -24,7 +24,8 @@ def evaluate(model: nn.Module, val_set, run, totals: Callable, whole: bool = Tru
     began = time.monotonic()
     model.eval()
     rows = range(len(val_set) if whole else min(len(val_set), run.args.eval_rows))
-    mine = [batch for step in split_rows(rows, run.batch_size * world_size(), run.batch_size) for batch in step]
+    size = getattr(val_set, "eval_rows_at_once", run.batch_size)
+    mine = [batch for step in split_rows(rows, size * world_size(), size) for batch in step]
     bytes_of = token_byte_counts(tokenizer).to(run.device) if tokenizer else None
     sums: Counter[str] = Counter()
     counts: Counter[str] = Counter()

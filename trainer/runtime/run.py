@@ -194,7 +194,7 @@ class Run:
         args, total_steps = self.args, self.total_steps
         model = next(iter(self.engines.values())).model
         for step in training_steps(self.train_set, self, total_steps, draw):
-            rates = self.set_learning_rates()
+            rates, self.current_update = self.set_learning_rates(), step
             yield step
             evaluating = is_due(step.number, args.eval_interval, total_steps)
             if evaluating or step.number % args.log_interval == 0:

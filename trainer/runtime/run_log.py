@@ -122,7 +122,7 @@ class RunLog:
                     print(f"note: {failure}: {said[0][:120]}", file=sys.stderr)
 
     def plot(self) -> None:
-        """Draw the loss curve of the log into out/logs/<name>.png.
+        """Draw the curve of the log, its loss or its reward, into out/logs/<name>.png.
 
         Without pyplot, which would open the backend that MPLBACKEND names: a notebook's, for one.
         """
@@ -130,11 +130,15 @@ class RunLog:
 
         figure = Figure(figsize=(8, 4.5))
         axes = figure.subplots()
-        for key, style in (("loss", "-"), ("val_loss", "o-")):
+        curves = {"loss": "-", "val_loss": "o-"}
+        if any("reward" in record for record in self.records):  # there the loss says nothing
+            curves = {"reward": "-", "val_reward": "o-", "accuracy": "-", "val_accuracy": "o-"}
+        for key, style in curves.items():
             points = [(r["tokens"], r[key]) for r in self.records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=key, markersize=4, linewidth=1.2)
-        axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=self.path.stem)
+        label = "loss (nats per token)" if "loss" in curves else "reward, share of right replies"
+        axes.set(xlabel="tokens", ylabel=label, title=self.path.stem)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

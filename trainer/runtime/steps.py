@@ -49,10 +49,14 @@ class MicroBatch(NamedTuple):
     targets: float  # what the loss is a mean over
 
     def take(self, samples: np.ndarray, targets: float) -> "MicroBatch":
-        """Some of the samples, by their places in this batch."""
-        index = torch.from_numpy(samples).to(next(iter(self.inputs.values())).device)
+        """Some of the samples, by their places in this batch, without the padding that they all end with."""
+        mask = self.inputs["attention_mask"]
+        index = torch.from_numpy(samples).to(mask.device)
+        real = mask[index].any(0).nonzero()  # (columns, 1)
+        width = int(real[-1]) + 1 if len(real) else 1
         inputs, extra = (
-            {name: x[index] for name, x in part.items() if name not in INDICES} for part in (self.inputs, self.extra)
+            {name: x[index][:, :width] if x.dim() > 1 else x[index] for name, x in part.items() if name not in INDICES}
+            for part in (self.inputs, self.extra)
         )
         rows = [self.rows[i] for i in samples if self.rows[i] != BLANK]
         return MicroBatch(rows, inputs, extra, 0, targets)
@@ -121,23 +125,33 @@ class Step(Update):
         super().__init__(run, batches, targets, rows)
         self.number = number
 
-    def updates(self, rollout: MicroBatch, counts: Tensor, epochs: int = 1, parts: int = 1) -> Iterator[Update]:
+    def updates(
+        self, rollout: MicroBatch, counts: Tensor, epochs: int = 1, parts: int = 1, signal: Tensor | None = None
+    ) -> Iterator[Update]:
         """The updates of `epochs` passes over the N samples of this rank's rollout, each in `parts` shuffled parts.
 
         counts (N,): what each sample adds to the targets of an update, its tokens or 1. Every rank must have N samples
-        (`rows` has BLANK for those that only fill up). The order depends on seed, step and rank alone.
+        (`rows` has BLANK for those that only fill up). The order depends on seed, step and rank alone. signal (N,):
+        False for samples whose loss is 0. They are left out, except that every rank takes equally many; the targets
+        count them all the same. Where no sample of any rank has a signal there is no update.
         """
         n, batch_size = len(rollout.rows), self.run.batch_size
         rng = np.random.default_rng([self.run.args.seed, self.number, rank()])
-        shuffled = [part for _ in range(epochs) for part in np.array_split(rng.permutation(n), parts)]
-        counts = counts.double().cpu().numpy()
+        kept = np.arange(n)
+        if signal is not None:
+            kept = np.argsort(~signal.cpu().numpy(), kind="stable")[: max(gather(int(signal.sum())))]
+        shuffles = [kept[rng.permutation(len(kept))] for _ in range(epochs if len(kept) else 0)]
+        shuffled = [part for shuffle in shuffles for part in np.array_split(shuffle, min(parts, len(kept)))]
+        counts = counts.cpu().double().numpy()
         real = np.asarray(rollout.rows) != BLANK
         own = [float(values[part].sum()) for values in (counts, real) for part in shuffled]
-        *whole, tokens = sum_over_ranks([*own, rollout.tokens], self.run.device)  # of all parts in one exchange
+        own += [float(counts.sum()), float(counts[kept].sum()), rollout.tokens]
+        *whole, counted, kept_count, tokens = sum_over_ranks(own, self.run.device)  # of all parts in one exchange
         self.run.tokens += int(tokens)
         for part, targets, rows in zip(shuffled, whole[: len(shuffled)], whole[len(shuffled) :], strict=True):
-            places = [part[begin : begin + batch_size] for begin in range(0, n, batch_size)]
-            batches = [rollout.take(some, float(counts[some].sum())) for some in places if len(some)]
+            places = [part[begin : begin + batch_size] for begin in range(0, len(part), batch_size)]
+            batches = [rollout.take(some, float(counts[some].sum())) for some in places]
+            targets *= counted / max(kept_count, 1)
             yield Update(self.run, batches, max(targets, 1) / world_size(), max(rows, 1) / world_size())
 
     def note_samples(self, **values: Tensor) -> None:

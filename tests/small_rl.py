@@ -1,0 +1,62 @@
+"""Reinforcement learning in small: a model, prompts, and a reward model whose opinions differ."""
+
+import torch
+from small_runs import write_rows
+
+from model.heads import MiniMindForScoring
+from model.LMConfig import MiniMindConfig
+from model.loading import save_weights
+from model.model_minimind import MiniMindForCausalLM
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+COMMON = ["--device=cpu", "--dtype=float32", "--optimizer=adamw", "--max_seq_len=64", "--max_new_tokens=6"]
+COMMON += ["--log_interval=1", "--warmup_ratio=0", "--rewards=reward_model=1", "--eval_interval=100", "--top_k=50"]
+
+
+def write_world(folder, **sizes):
+    """Prompts with held-out ones, full_sft_32.pth and reward_32.pth -> the flags of a run in this folder."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = MiniMindConfig(**{**SIZES, **sizes})
+    known = {"tokens_seen": 0, "data_path": "x", "data_hash": "h", "trained_length": 64}
+    policy, judge = MiniMindForCausalLM(config), MiniMindForScoring(config)
+    torch.nn.init.normal_(judge.score.weight, std=0.2)
+    moe = "_moe" if config.use_moe else ""
+    save_weights(policy, folder / f"full_sft_32{moe}.pth", stage="full_sft", **known)
+    save_weights(judge, folder / f"reward_32{moe}.pth", stage="reward", **known)
+    rows = [
+        {
+            "conversations": [{"role": "user", "content": "Say something. " * (1 + i % 3) + str(i)}],
+            "answer": str(i),
+        }
+        for i in range(13)
+    ]
+    write_rows(folder / "prompts.jsonl", rows)
+    write_rows(folder / "prompts_val.jsonl", rows[:3])
+    return [*COMMON, f"--data_path={folder / 'prompts.jsonl'}", f"--out_dir={folder}"]
+
+
+def checkpoint_of(out_dir, stage):
+    return torch.load(out_dir / "checkpoints" / f"{stage}_32_resume.pth", weights_only=True)
+
+
+def actor_of(out_dir, stage):
+    """The float32 weights of the policy in one vector."""
+    weights = checkpoint_of(out_dir, stage)["engines"]["actor"]["weights"]
+    return torch.cat([value.flatten() for value in weights.values()])
+
+
+def start_of(out_dir):
+    """Those that it began with."""
+    state = torch.load(out_dir / "full_sft_32.pth", weights_only=True)
+    state.pop("lm_head.weight")
+    return torch.cat([value.float().flatten() for value in state.values()])
+
+
+def same(a, b):
+    """Whether two nested structures have the same bits."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
