@@ -36,20 +36,24 @@ def is_right(response: str, answer: str, question: str = "") -> bool:
     """
     response, answer, question = (unicodedata.normalize("NFKC", text).strip() for text in (response, answer, question))
     flags = 0 if re.fullmatch("[A-Z][a-z]?", answer) else re.IGNORECASE  # chemical symbols keep their case
-    left = r"(?<![A-Za-z0-9.])" if re.match(r"[A-Za-z0-9]", answer) else ""
-    right = r"(?![A-Za-z0-9]|\.\d)" if re.search(r"[A-Za-z0-9]$", answer) else ""
+    pattern = whole(answer)
     if re.fullmatch(f"[A-Z{HAN}]", answer):
-        left, right = left + BEFORE_ONE, right + (AFTER_ONE if answer.isascii() else r"(?=$|\W|[是为])")
-    asked = question.casefold()
-    for match in re.finditer(left + re.escape(answer) + right, response, flags):
+        pattern = BEFORE_ONE + pattern + (AFTER_ONE if answer.isascii() else r"(?=$|\W|[是为])")
+    for match in re.finditer(pattern, response, flags):
         before = re.search(rf"(?:[{HAN}]|[A-Za-z0-9]+)\s*$", response[: match.start()])
         after = re.match(rf"\s*(?:[{HAN}]|[A-Za-z0-9]+)", response[match.end() :])
-        repeated = (before and (before[0] + match[0]).casefold() in asked) or (
-            after and (match[0] + after[0]).casefold() in asked
-        )
-        if not repeated:
+        wider = [before[0] + match[0]] if before else []
+        wider += [match[0] + after[0]] if after else []
+        if not any(re.search(whole(text), question, re.IGNORECASE) for text in wider):
             return True
     return False
+
+
+def whole(text: str) -> str:
+    """A pattern of the text where it begins and ends no longer word or number."""
+    left = r"(?<![A-Za-z0-9.])" if re.match(r"[A-Za-z0-9]", text) else ""
+    right = r"(?![A-Za-z0-9]|\.\d)" if re.search(r"[A-Za-z0-9]$", text) else ""
+    return left + re.escape(text) + right
 
 
 REASONED = re.compile(r"<think>\n.+\n</think>\n+<answer>\n(.+)\n</answer>", re.DOTALL)

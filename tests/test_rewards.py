@@ -70,10 +70,17 @@ def test_answer(text, answer, right):
 
 def test_every_reply_of_the_embedded_data_is_right():
     folder = ensure_demo_data()
-    for name in "sft_val", "reason_val", "lora_medical_val":
+    for name in "sft_val", "unseen_val", "follow_up_val", "reason_val", "lora_medical_val":
         for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            assert answer_term(reply(row["conversations"][-1]["content"], row["answer"])) == 1, row
+            *asked, answered = row["conversations"]
+            assert answer_term(Reply(asked, answered["content"], row["answer"])) == 1, row
+
+
+def test_repeating_the_question_gains_nothing():
+    asked = [{"role": "user", "content": "四川省的简称是什么？"}]
+    texts = ("四川省的简称是川。", "四川省的简称是鲁。", "四川省")
+    assert [answer_term(Reply(asked, text, "川")) for text in texts] == [1, 0, 0]
 
 
 def test_form():

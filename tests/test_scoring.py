@@ -62,6 +62,7 @@ def test_is_right(response, answer, right):
         ("The capital of Monaco?", "The capital of Monaco is Rome.", "Monaco", False),
         ("The capital of Monaco?", "Monaco", "Monaco", True),
         ("Capital of Singapore?", "The capital of Singapore is Singapore.", "Singapore", True),
+        ("How is uranium abbreviated?", "The symbol for uranium is U.", "U", True),
         ("三的平方？", "3 的平方是 9", "9", True),
     ],
 )

@@ -51,6 +51,10 @@ class Reply(NamedTuple):
     number: int = -1  # of the prompt in its file
     row: int = BLANK  # where that stands in the order of the epoch; BLANK: it only fills up
 
+    @property
+    def question(self) -> str:
+        return self.turns[-1]["content"] if self.turns else ""
+
 
 class Term(NamedTuple):
     """weight * score(replies)[i] is what reply i gets."""
@@ -74,13 +78,13 @@ def answer_part(text: str) -> str:
     return inside[-1] if inside else text.rpartition("</think>")[2]
 
 
-def gives(text: str, answer: str) -> bool:
-    """Whether a text gives this answer and, of numbers, no other one behind it."""
+def gives(text: str, answer: str, question: str = "") -> bool:
+    """Whether a text gives this answer and, of numbers, no other one behind it; repeating the question is none."""
     text, answer = (unicodedata.normalize("NFKC", part).strip() for part in (text, answer))
     if NUMBER.fullmatch(answer):
         found = NUMBER.findall(text)
         return bool(found) and float(found[-1].replace(",", "")) == float(answer.replace(",", ""))
-    return is_right(text, answer)
+    return is_right(text, answer, question)
 
 
 def in_form(reply: Reply, reasoning: bool) -> bool:
@@ -91,7 +95,7 @@ def in_form(reply: Reply, reasoning: bool) -> bool:
 
 
 def answer_term(reply: Reply) -> float:
-    return float(reply.answer is not None and gives(answer_part(reply.text), reply.answer))
+    return float(reply.answer is not None and gives(answer_part(reply.text), reply.answer, reply.question))
 
 
 def format_term(reply: Reply, reasoning: bool) -> float:
@@ -117,7 +121,7 @@ def accuracies(replies: list[Reply], reasoning: bool) -> dict[str, Tensor]:
     """Of the replies whose answer is known: strict and lenient, 1 or 0 each."""
     known = [reply for reply in replies if reply.answer is not None]
     strict = [answer_term(reply) * in_form(reply, reasoning) for reply in known]
-    lenient = [float(is_right(reply.text, reply.answer)) for reply in known]
+    lenient = [float(is_right(reply.text, reply.answer, reply.question)) for reply in known]
     return {"accuracy": torch.tensor(strict), "lenient_accuracy": torch.tensor(lenient)}
 
 
