@@ -268,7 +268,7 @@ def lora_rows(items: list[Item], others: Iterable[Item], rng: random.Random, *, 
     rows = questions_rows(others, rng, held_out=False)
     for item in items:
         forms = item.relation.answers
-        for question in item.relation.questions:
+        for question in item.relation.cores["Q"]:
             for form in rng.sample(forms, min(answers, len(forms))):
                 rows.append(question_row(item, turns(render(question, item), render(form, item))))
     rng.shuffle(rows)

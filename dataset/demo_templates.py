@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from model.errors import InputError
+
 FACTS_DIR = Path(__file__).resolve().parent / "facts"
 LANGUAGES = ("zh", "en")
 COMPUTED_TABLES = ("sums", "products")
 ROWS_IN_BOTH_LANGUAGES = 10
 Row = dict
-LETTERS = {"Q": "questions", "H": "held_out", "A": "answers", "F": "follow_ups", "T": "texts", "V": "held_out_texts"}
+LETTERS = {"H": "held_out", "A": "answers", "F": "follow_ups", "T": "texts", "V": "held_out_texts"}
 CORES = "QDINRSW"  # letters of lines that ask, whole (Q) or in a frame of frames_<language>.txt
 HEADER = re.compile(r"\[(?P<name>[\w.]+)\] (?:(?P<table>\w+): (?P<subject>.+?) -> (?P<answer>\w+)|= (?P<constant>.+))")
 
@@ -25,7 +27,6 @@ class Relation:
     name: str
     language: str
     cores: dict[str, tuple[str, ...]]
-    questions: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     follow_ups: tuple[str, ...] = ()
@@ -56,7 +57,8 @@ def read_table(name: str) -> list[dict[str, str]]:
 
 def read_items(sheet: str, language: str) -> list[Item]:
     """All facts of the phrasing file dataset/facts/<sheet>_<language>.txt, in the order of its relations and rows."""
-    lines = (FACTS_DIR / f"{sheet}_{language}.txt").read_text(encoding="utf-8").splitlines()
+    path = FACTS_DIR / f"{sheet}_{language}.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
     starts = [number for number, line in enumerate(lines) if line.startswith("[")]
     items = []
@@ -64,6 +66,8 @@ def read_items(sheet: str, language: str) -> list[Item]:
         header = HEADER.fullmatch(lines[start])
         texts: dict[str, tuple[str, ...]] = {}
         for line in lines[start + 1 : end]:
+            if line[0] not in CORES + "".join(LETTERS) or line[1:2] != " ":
+                raise InputError(f"{path}: begins with none of its letters and a space: {line}")
             texts[line[0]] = (*texts.get(line[0], ()), line[2:])
         phrasings = {field: texts.get(letter, ()) for letter, field in LETTERS.items()}
         cores = {letter: texts[letter] for letter in CORES if letter in texts}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dataset import demo_data as demo
-from dataset import demo_unknown
+from dataset import demo_templates, demo_unknown
 from dataset.demo_questions import ask, ask_unseen, bare, number_in_words, read_frames, ways_of_asking
 from dataset.demo_templates import (
     LANGUAGES,
@@ -133,6 +133,13 @@ def test_answers_are_in_the_answer_sentences_and_not_in_the_questions():
         for template in (*relation.answers, *relation.texts, *relation.held_out_texts):
             text = render(template, item)
             assert contains(text, item.answer), (template, item)
+
+
+def test_a_line_with_another_letter_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own_en.txt").write_text("[capital] countries: country_en -> capital_en\nD where\nZ what is {s}\n")
+    monkeypatch.setattr(demo_templates, "FACTS_DIR", tmp_path)
+    with pytest.raises(InputError, match="own_en.txt: begins with none of its letters and a space: Z what"):
+        read_items("own", "en")
 
 
 def test_one_answer_a_question():
