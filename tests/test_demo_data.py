@@ -138,7 +138,7 @@ def test_answers_are_in_the_answer_sentences_and_not_in_the_questions():
 def test_a_line_with_another_letter_is_named(tmp_path, monkeypatch):
     (tmp_path / "own_en.txt").write_text("[capital] countries: country_en -> capital_en\nD where\nZ what is {s}\n")
     monkeypatch.setattr(demo_templates, "FACTS_DIR", tmp_path)
-    with pytest.raises(InputError, match="own_en.txt: begins with none of its letters and a space: Z what"):
+    with pytest.raises(InputError, match=r"own_en\.txt: begins with none of its letters and a space: Z what"):
         read_items("own", "en")
 
 
