@@ -22,7 +22,16 @@ from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import Dataset
 
 from dataset.chat import EncodedConversation, chat_template, encode_conversations, encode_prompt
-from dataset.rows import read_jsonl, row_answer, row_conversation, row_pair, row_prompt, row_text
+from dataset.rows import (
+    note_unread,
+    read_jsonl,
+    row_answer,
+    row_conversation,
+    row_pair,
+    row_prompt,
+    row_text,
+    tell_unread,
+)
 from dataset.token_cache import Encoded, TokenCache, tokenize_file
 from dataset.token_cache import file_hash as file_hash  # also found here
 from model.errors import InputError
@@ -190,9 +199,7 @@ class PackedDataset(Dataset):
                 f"{path}: {meta['cut']:,} of {meta['documents']:,} rows are longer than {limit} tokens and are cut: "
                 f"{meta['lost']:,} tokens are lost, a larger --max_seq_len keeps them"
             )
-        if meta["unread"]:
-            keys = ", ".join(f"{key} (line {line})" for key, line in meta["unread"].items())
-            print(f"{path}: keys that nobody reads, each where it stands first: {keys}")
+        tell_unread(path, meta["unread"])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of the rows. What shares a row stays: documents do not see each other."""
@@ -343,10 +350,10 @@ class RLAIFDataset(Dataset):
             seed,
             tokenizer.pad_token_id,
         )
-        rows = [
-            (line, row_prompt(row, f"{path}:{line}"), row_answer(row, f"{path}:{line}"))
-            for line, row in read_jsonl(path)
-        ]
+        rows, unread = [], {}
+        for line, row in read_jsonl(path):
+            rows.append((line, row_prompt(row, f"{path}:{line}"), row_answer(row, f"{path}:{line}")))
+            note_unread(unread, row, row_prompt, line)
         encoded = [(line, turns, answer, encode_prompt(tokenizer, turns)) for line, turns, answer in rows]
         kept = [row for row in encoded if len(row[3]) <= room]
         if not kept:
@@ -356,6 +363,7 @@ class RLAIFDataset(Dataset):
         self.lines, self.turns, self.answers, self.ids = (list(column) for column in zip(*kept, strict=True))
         if len(kept) < len(rows):
             print(f"{path}: left out {len(rows) - len(kept):,} prompts of more than {room} tokens")
+        tell_unread(path, unread)
         self.longest = max(map(len, self.ids))
         self.set_epoch(0)
 

@@ -217,6 +217,7 @@ TURN_KEYS = {
     "tool": {"role", "content"},
 }
 MEANT = {"thinking": "reasoning_content", "reasoning": "reasoning_content", "function_call": "tool_calls"}
+MOST_KEYS = 20  # that are told
 EMPTY = (None, "", [], {})
 
 
@@ -232,6 +233,20 @@ def unread_keys(row: dict, check_row: Callable) -> Iterator[str]:
                 not_learned_anyway = key in LEARN_KEYS and not turn[key]
                 if turn[key] not in EMPTY and not not_learned_anyway:
                     yield name_key(key, f" of {turn['role']} turns")
+
+
+def note_unread(unread: dict[str, int], row: dict, check_row: Callable, number: int) -> None:
+    """Note where each key that nobody reads stands first."""
+    for key in unread_keys(row, check_row):
+        if len(unread) < MOST_KEYS:
+            unread.setdefault(key, number)
+
+
+def tell_unread(path: str | Path, unread: dict[str, int]) -> None:
+    """Say which keys of a file nobody reads, if any."""
+    if unread:
+        keys = ", ".join(f"{key} (line {line})" for key, line in unread.items())
+        print(f"{path}: keys that nobody reads, each where it stands first: {keys}")
 
 
 def name_key(key: str, place: str = "") -> str:

@@ -22,12 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataset.rows import read_jsonl, unread_keys
+from dataset.rows import note_unread, read_jsonl
 from model.errors import InputError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the meaning of a cached file changes
 ROWS_PER_READ, BYTES_PER_READ = 1024, 1 << 20  # what the tokenizer is given at once; it takes 100 times the bytes
-MOST_KEYS = 20  # unread keys that are told
 LEFTOVER_AGE = 24 * 3600  # seconds since anything was written: whoever did is dead
 
 
@@ -237,9 +236,7 @@ def write_documents(
         for batch in read_batches(path, reading):
             contents = [check_row(row, f"{path}:{number}") for number, row in batch]
             for number, row in batch:
-                for key in unread_keys(row, check_row):
-                    if len(unread) < MOST_KEYS:
-                        unread.setdefault(key, number)
+                note_unread(unread, row, check_row, number)
             for (number, _), document in zip(batch, encode(tokenizer, contents), strict=True):
                 if document is None:
                     skipped += 1

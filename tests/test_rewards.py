@@ -1,4 +1,4 @@
-"""What replies are rewarded for: every term by hand, the choice of terms, a reward model of our own."""
+"""What replies are rewarded for: every term by hand, the choice of terms, reward models of our own and of others."""
 
 import argparse
 import json
@@ -6,12 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small_runs import write_rows
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from dataset.demo_data import ensure_demo_data
+from dataset.lm_dataset import RLAIFDataset
 from model.errors import InputError
 from model.heads import MiniMindForScoring
 from model.LMConfig import MiniMindConfig
-from model.loading import save_weights
+from model.loading import load_tokenizer, save_weights
 from trainer import rewards
 from trainer.rewards import (
     NAMES,
@@ -127,7 +137,8 @@ def choose(tmp_path, tokenizer, *flags, answers=("7", None), reasoning=False):
     args = parser.parse_args(list(flags))
     vars(args).update(out_dir=tmp_path, reasoning=reasoning, max_new_tokens=16)
     dataset = SimpleNamespace(answers=list(answers), data_path="rl.jsonl")
-    return open_rewards(args, SimpleNamespace(device=torch.device("cpu")), dataset, tokenizer)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
+    return open_rewards(args, run, dataset, tokenizer)
 
 
 def weights_of(terms):
@@ -200,3 +211,250 @@ def test_scores_of_the_reward_model(tmp_path, tokenizer, monkeypatch):
     )
     monkeypatch.setattr(rewards, "MOST", 0.01)
     assert max(map(abs, term.score(said))) == 0.01
+
+
+# -------------------------------------------------------------------------------------------------- models of others
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SAID = [reply("7"), reply("Seven, I think, for 3 and 4 make 7. " * 3), reply(""), reply("二十", "20"), reply("7 or 8")]
+
+
+def save_tokenizer(folder, template=TEMPLATE):
+    """The project's, which pads on the left and writes a chat otherwise than the policy's."""
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template, tokenizer.padding_side = template, "left"
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_classifier(folder, kind="llama", **keys):
+    torch.manual_seed(0)
+    keys = {"vocab_size": 6400, "num_labels": 1, "pad_token_id": None, "initializer_range": 0.5, **keys}
+    if kind == "bert":
+        model = BertForSequenceClassification(BertConfig(**SIZES, **keys))
+        torch.nn.init.normal_(model.classifier.weight)
+    else:
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES, **keys))
+        torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def change_config(folder, **keys):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad"), [("llama", None), ("llama", 0), ("llama", 2), ("llama", -1), ("bert", 0), ("bert", None)]
+)
+def test_scores_of_a_sequence_classifier(kind, pad, tmp_path, tokenizer, monkeypatch, capsys):
+    """In batches, padded, as each conversation scores alone; pad 2 is the token that ends every turn."""
+    model, own = save_classifier(tmp_path, kind, pad_token_id=pad), save_tokenizer(tmp_path)
+    assert own.eos_token_id == 2 == own.convert_tokens_to_ids("<|im_end|>")
+    (term,) = choose(tmp_path, tokenizer, "--rewards=reward_model=1", f"--reward_model={tmp_path}")
+    assert f"reward_model of {tmp_path}" in capsys.readouterr().out
+    alone = []
+    for said in SAID:
+        text = f"<|im_start|>user: {ASKED[0]['content']}<|im_end|><|im_start|>assistant: {said.text}<|im_end|>"
+        with torch.no_grad():
+            alone.append(model(torch.tensor([own(text, add_special_tokens=False)["input_ids"]])).logits.item())
+    assert len({round(value, 4) for value in alone}) == len(SAID)
+    for batch, most in (32, 100.0), (2, 100.0), (32, 0.01):
+        monkeypatch.setattr("trainer.reward_models.BATCH", batch)
+        monkeypatch.setattr(rewards, "MOST", most)
+        assert term.score(SAID) == pytest.approx([max(-most, min(most, value)) for value in alone], abs=1e-5)
+
+
+def test_a_classifier_reads_system_turns_tools_and_thoughts(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(rewards, "MOST", 100.0)
+    model = save_classifier(tmp_path)
+    tools = "{% if tools %}<|im_start|>{{ tools[0].function.name }}<|im_end|>{% endif %}"
+    own = save_tokenizer(tmp_path, tools + TEMPLATE)
+    (term,) = choose(tmp_path, tokenizer, "--rewards=reward_model=1", f"--reward_model={tmp_path}")
+    offered = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    before = {"role": "assistant", "content": "Hm.", "reasoning_content": "Why?"}
+    turns = [{"role": "developer", "content": "Be brief.", "tools": offered}, *ASKED, before, *ASKED]
+    ask = f"<|im_start|>user: {ASKED[0]['content']}<|im_end|>"
+    text = f"<|im_start|>add<|im_end|><|im_start|>system: Be brief.<|im_end|>{ask}"
+    text += f"<|im_start|>assistant: <think>\nWhy?\n</think>\n\nHm.<|im_end|>{ask}<|im_start|>assistant: 7<|im_end|>"
+    ids = own(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        alone = model(torch.tensor([ids])).logits.item()
+    assert term.score([Reply(turns, "7")]) == pytest.approx([alone], abs=1e-5)
+
+
+CODE = """
+import os
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+Path(os.environ["RAN"]).touch()
+
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny_reward"
+
+
+class TinyReward(PreTrainedModel):
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(6400, 1)
+        self.post_init()
+
+    @torch.no_grad()
+    def get_score(self, tokenizer, messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer.encode(text, return_tensors="pt", add_special_tokens=False)
+        return self.embed(ids.to(self.device)).mean().item() * 5
+"""
+
+
+@pytest.fixture
+def coded(tmp_path, monkeypatch):
+    """A folder with code of its own, which leaves the file `ran` when it runs."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    folder = tmp_path / "judge"
+    save_tokenizer(folder)
+    (folder / "reward_code.py").write_text(CODE)
+    config = {"model_type": "tiny_reward", "architectures": ["TinyReward"]}
+    config["auto_map"] = {"AutoConfig": "reward_code.TinyConfig", "AutoModel": "reward_code.TinyReward"}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file({"embed.weight": torch.randn(6400, 1)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_scores_of_a_folder_with_get_score(coded, tokenizer, monkeypatch):
+    flags = ["--rewards=reward_model=1", f"--reward_model={coded}", "--trust_remote_code"]
+    (term,) = choose(coded, tokenizer, *flags)
+    own, weights = load_tokenizer(coded), load_file(coded / "model.safetensors")["embed.weight"]
+    alone = []
+    for said in SAID:
+        text = f"<|im_start|>user: {ASKED[0]['content']}<|im_end|><|im_start|>assistant: {said.text}<|im_end|>"
+        alone.append(weights[own(text, add_special_tokens=False)["input_ids"]].mean().item() * 5)
+    assert len({round(value, 4) for value in alone}) == len(SAID)
+    assert term.score(SAID) == pytest.approx(alone, abs=1e-5)
+    monkeypatch.setattr(rewards, "MOST", 0.01)
+    assert max(map(abs, term.score(SAID))) == 0.01
+
+
+def test_code_in_a_folder_runs_only_where_it_is_trusted(coded, tokenizer):
+    ran, flags = coded.parent / "ran", ["--rewards=reward_model=1", f"--reward_model={coded}"]
+    said = r"judge brings code of its own \(reward_code.py\): read it, and give --trust_remote_code 1 to have it run"
+    with pytest.raises(InputError, match=said):
+        choose(coded, tokenizer, *flags)
+    change_config(coded, model_type="llama")  # which transformers knows
+    with pytest.raises(InputError, match=said):
+        choose(coded, tokenizer, *flags)
+    path = coded / "tokenizer_config.json"
+    map_of_tokenizer = {"auto_map": {"AutoTokenizer": [None, "reward_code.TinyTokenizer"]}, "tokenizer_class": "Tiny"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | map_of_tokenizer))
+    change_config(coded, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(InputError):
+        choose(coded, tokenizer, *flags)
+    assert not ran.exists()
+
+
+def test_a_classifier_of_transformers_needs_no_trust_though_code_lies_beside_it(coded, tokenizer):
+    save_classifier(coded)
+    code = {"AutoModelForSequenceClassification": "reward_code.TinyReward"}
+    change_config(coded, auto_map=code, attn_implementation="somebody/kernel")  # of the hub
+    choose(coded, tokenizer, "--rewards=reward_model=1", f"--reward_model={coded}")
+    assert not (coded.parent / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("reward_code.TinyReward", "reward_code.TinyConfig"), "no reward model|cannot be loaded"),
+        (("def get_score", "def score_of"), "its TinyReward has no get_score"),
+        ((".mean().item() * 5", ""), "its get_score fails, or gives no number"),
+        (("self.post_init()", "self.head = torch.nn.Linear(1, 1); self.post_init()"), "missing keys such as head.bias"),
+        (("import os\n", "import os\nraise RuntimeError('no luck')\n"), r"cannot be (read|loaded) \(no luck\)"),
+    ],
+)
+def test_what_is_wrong_with_code_is_said(change, said, coded, tokenizer):
+    for name in "reward_code.py", "config.json":
+        path = coded / name
+        path.write_text(path.read_text().replace(*change))
+    with pytest.raises(InputError, match=said):
+        choose(coded, tokenizer, "--rewards=reward_model=1", f"--reward_model={coded}", "--trust_remote_code=1")
+
+
+def save_language_model(folder):
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=6400)).save_pretrained(folder)
+
+
+def without_head(folder):
+    save_language_model(folder)
+    change_config(folder, architectures=["LlamaForSequenceClassification"], id2label={"0": "a"}, label2id={"a": 0})
+
+
+def with_broken_weights(folder):
+    save_classifier(folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 99)
+
+
+def with_config_of_another_kind(folder):
+    save_classifier(folder)
+    change_config(folder, model_type=["a"], architectures=5, auto_map=[1])
+
+
+def with_nan(folder):
+    model = save_classifier(folder)
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "template", "said"),
+    [
+        (lambda folder: save_classifier(folder, num_labels=2), TEMPLATE, "tells 2 labels apart, .* num_labels 1"),
+        (save_language_model, TEMPLATE, "is a LlamaForCausalLM, no reward model: take a sequence classifier"),
+        (without_head, TEMPLATE, "missing keys such as score.weight: it is no whole reward model"),
+        (with_broken_weights, TEMPLATE, "cannot be loaded"),
+        (with_nan, TEMPLATE, "scores an answer NaN"),
+        (with_config_of_another_kind, TEMPLATE, "is a 5, no reward model"),
+        (save_classifier, None, "has no chat template: add the one"),
+        (save_classifier, "{{ raise_exception('no users') }}", r"chat template refuses a conversation \(no users\)"),
+        (save_classifier, "", "has no tokenizer: put the files"),
+        (lambda folder: save_classifier(folder, vocab_size=99), TEMPLATE, "has 6400 tokens, the model 99: put its own"),
+        (
+            lambda folder: save_classifier(folder, max_position_embeddings=24), TEMPLATE,
+            "judge reads 24 tokens, a conversation has .* lower --max_seq_len",
+        ),
+    ],
+)  # fmt: skip
+def test_folders_that_are_no_reward_models_are_refused(save, template, said, tmp_path, tokenizer):
+    folder = tmp_path / "judge"
+    save(folder)
+    if template != "":
+        save_tokenizer(folder, template)
+    with pytest.raises(InputError, match=said) as refused:
+        (term,) = choose(folder, tokenizer, "--rewards=reward_model=1", f"--reward_model={folder}")
+        term.score(SAID)
+    assert "\n" not in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------- keys of prompt rows
+
+
+def test_keys_of_prompt_rows_that_nobody_reads_are_named_once(tmp_path, tokenizer, capsys):
+    row = {"conversations": ASKED, "answer": "7", "language": "en", "system": "Be brief."}
+    moody = {"conversations": [{**ASKED[0], "mood": "x"}], "id": 1}
+    path = write_rows(tmp_path / "rl.jsonl", [row, moody, {**moody, "id": 2}])
+    RLAIFDataset(path, tokenizer, 128)
+    told = "'id' (line 2), 'mood' of user turns (line 2)"
+    assert capsys.readouterr().out == f"{path}: keys that nobody reads, each where it stands first: {told}\n"
+    for name in "rlaif-mini", "rlaif":
+        if (data := ensure_demo_data() / f"{name}.jsonl").exists():
+            RLAIFDataset(data, tokenizer, 128)
+    assert "nobody reads" not in capsys.readouterr().out

@@ -13,10 +13,12 @@ form and not cut. Much of what looks like a gain is form alone.
 """
 
 import argparse
+import math
 import re
 import unicodedata
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,8 +29,9 @@ from dataset.chat import Turn
 from dataset.lm_dataset import BLANK, RLAIFDataset
 from dataset.scoring import is_right, reasoned_answer
 from model.errors import InputError
-from model.heads import MiniMindForScoring
-from model.loading import find_weights, load_model
+from model.loading import find_weights
+from trainer.reward_models import Judge, open_judge
+from trainer.runtime.flags import SWITCH
 from trainer.runtime.run import Run
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -129,10 +132,10 @@ def accuracies(replies: list[Reply], reasoning: bool) -> dict[str, Tensor]:
 
 
 class ModelScore:
-    """Scores of our own reward model (train_reward.py), all replies of a step together, on the training device."""
+    """Scores of a reward model (reward_models.py), all replies of a step together, on the training device."""
 
-    def __init__(self, model: MiniMindForScoring, tokenizer: PreTrainedTokenizerBase, reasoning: bool):
-        self.model, self.tokenizer, self.reasoning = model, tokenizer, reasoning
+    def __init__(self, judge: Judge, path: Path, reasoning: bool):
+        self.judge, self.path, self.reasoning = judge, path, reasoning
 
     def __call__(self, replies: list[Reply]) -> list[float]:
         scores = self.clipped(replies, [reply.text for reply in replies])
@@ -144,8 +147,9 @@ class ModelScore:
 
     def clipped(self, replies: list[Reply], texts: list[str]) -> list[float]:
         said = zip(replies, texts, strict=True)
-        conversations = [[*reply.turns, {"role": "assistant", "content": text}] for reply, text in said]
-        scores = self.model.get_scores(self.tokenizer, conversations)
+        scores = self.judge([[*reply.turns, {"role": "assistant", "content": text}] for reply, text in said])
+        if any(math.isnan(score) for score in scores):
+            raise InputError(f"{self.path} scores an answer NaN: its weights are broken, or too large for this --dtype")
         return [max(-MOST, min(MOST, score)) for score in scores]
 
 
@@ -175,7 +179,12 @@ def add_reward_flags(parser: argparse.ArgumentParser) -> None:
         "format=0.5,tags=0.5 too; rows without answers: reward_model=1 in place of the answer)",
     )  # fmt: skip
     group.add_argument(
-        "--reward_model", help="stage name or file of a reward model (default: reward, where no answers are known)"
+        "--reward_model",
+        help="stage name or file of a reward model of ours, folder of a sequence classifier with one label, or of a "
+        "class with get_score(tokenizer, messages) (default: reward, where no answers are known)",
+    )
+    group.add_argument(
+        "--trust_remote_code", **SWITCH, default=False, help="1: run the code in the reward model's folder (default: 0)"
     )
 
 
@@ -202,13 +211,8 @@ def open_rewards(
         "repetition": each(repetition_term),
     }  # fmt: skip
     if "reward_model" in weights:
-        model, _ = load_model(path, device=run.device, kind=MiniMindForScoring)
-        if model.config.vocab_size < len(tokenizer):
-            raise InputError(
-                f"{path} knows {model.config.vocab_size} tokens, the policy's tokenizer has {len(tokenizer)}: "
-                "train a reward model with the same tokenizer"
-            )
-        scores["reward_model"] = ModelScore(model, tokenizer, args.reasoning)
+        judge = open_judge(path, run, tokenizer, args.trust_remote_code)
+        scores["reward_model"] = ModelScore(judge, path, args.reasoning)
     why = "" if verifiable or "reward_model" in weights else f" (no answers in the data, and no {path.name})"
     named = f" of {path}" if "reward_model" in weights else ""
     print("rewards: " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) + named + why)
