@@ -169,9 +169,10 @@ class Run:
         closed and its curve drawn however the run ends.
         """
         self.engines, self.train_set, self.extra, self.write = engines, train_set, extra or {}, write
-        self.begin()
-        handlers = {number: signal.signal(number, self.note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {}
         try:
+            self.begin()
+            handlers = {number: signal.signal(number, self.note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
             with told_memory(self):
                 yield self.steps(val_set, totals, tokenizer, draw)
         except Stopped:
