@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 from processes import Training
+from small_rl import same
 from toy_rl import VOCABULARY
 
 from model.LMConfig import MiniMindConfig
@@ -58,15 +59,6 @@ def log_of(out_dir):
     lines = [json.loads(line) for line in (out_dir / "logs" / "toy_32.jsonl").read_text().splitlines()]
     timed = ("tokens_per_s", "elapsed_s", "peak_memory_mb")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
-
-
-def same(a, b):
-    """Whether two nested structures have the same bits."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module", params=KINDS)
