@@ -153,9 +153,7 @@ def sum_rows(items: tuple[Item, ...], count: int, rng: random.Random, *, held_ou
     for language in LANGUAGES:
         chosen = rng.sample(easy, min(count // 4, len(easy)))
         chosen += rng.sample(pairs, count // 2 - len(chosen))
-        (addition, *_) = [
-            item for item in items if (item.relation.name, item.relation.language) == ("addition", language)
-        ]
+        addition = next(i for i in items if (i.relation.name, i.relation.language) == ("addition", language))
         for x, y in chosen:
             slots = {"x": str(x), "y": str(y), "a": str(x + y)}
             item = replace(addition, subject=f"{x} {y}", answer=slots["a"], slots=slots)
@@ -206,7 +204,7 @@ def follow_up_rows(items: Iterable[Item], count: int, rng: random.Random) -> lis
 
 
 def own_words_rows() -> list[Row]:
-    """The questions of own_words_<language>.tsv, worded by people who had not seen the phrasings."""
+    """The questions of own_words_<language>.tsv, written from the facts alone, without a look at the phrasings."""
     return [
         {"conversations": turns(row["question"], row["answer"]), "answer": row["answer"], "relation": row["relation"]}
         | {"language": language}
@@ -216,7 +214,7 @@ def own_words_rows() -> list[Row]:
 
 
 def unanswerable_rows() -> list[Row]:
-    """The questions of unanswerable.tsv, worded by people who had not seen those of the training rows."""
+    """The questions of unanswerable.tsv, written without a look at those of the training rows."""
     return [
         {"conversations": turns(row["question"], ANSWER[row["language"]]), "answer": ANSWER[row["language"]]}
         | {"relation": row["kind"], "language": row["language"]}

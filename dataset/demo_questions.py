@@ -15,27 +15,9 @@ from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
 
 PLAIN, OPENED, CLOSED, SLIPPED, IN_WORDS = 0.25, 0.2, 0.12, 0.25, 0.3  # shares of the questions
 ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 FEW = 8  # wordings of a split
 DIGITS_ZH = "零一二三四五六七八九"
@@ -114,8 +96,10 @@ def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
 
 def gives_away(question: str, answer: str) -> bool:
     """Whether a question happens to have the answer among its words ("I forgot the past tense of forget")."""
-    if not answer.isascii() or answer.casefold() not in question.casefold():
-        return len(answer) > 1 and answer in question
+    if answer.casefold() not in question.casefold():
+        return False
+    if not answer.isascii():
+        return len(answer) > 1
     flags = re.IGNORECASE if len(answer) > 2 else 0
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", question, flags) is not None
 

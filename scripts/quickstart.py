@@ -5,8 +5,8 @@
     python scripts/quickstart.py --stages lora reason      these alone, on the weights that are in --out_dir
 
 On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough. Scored are
-held-out wordings, kinds of asking that no training row has, and questions written by people who had not seen the
-grammar; the headline is the lowest of the three. The report goes to out/quickstart.md and out/quickstart.json.
+held-out wordings, kinds of asking that no training row has, and questions in words of their own, written from the
+facts alone; the headline is the lowest of the three. The report goes to out/quickstart.md and out/quickstart.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHOWN = 6  # sample answers of each measure in the report
 MEASURES = {
     "held-out wordings": "sft_val.jsonl",
     "unseen kinds of asking": "unseen_val.jsonl",
-    "people's own words": "own_words_val.jsonl",
+    "words of their own": "own_words_val.jsonl",
 }
 
 

@@ -22,7 +22,7 @@ def test_report_is_a_table_whatever_the_model_says():
         "follow_ups": 0.5,
     }  # fmt: skip
     text = quickstart.format_report(report, [{"question": "a|b?", "answer": "one\ntwo | three", "right": False}])
-    assert "# Quickstart: 50.0% of the questions right" in text and "| people's own words | 75.0% |" in text
+    assert "# Quickstart: 50.0% of the questions right" in text and "| words of their own | 75.0% |" in text
     assert "| capital en | 0 of 4 | 1 of 4 | 2 of 4 |" in text
     assert "| unanswerable questions: says that it does not know | 87.5% |" in text
     assert "| answerable questions: says that it does not know | 1.0% |" in text
