@@ -6,6 +6,7 @@ Shapes:  B batch   T tokens of this call   S cached + current tokens   H query h
          N = B * T
 """
 
+import inspect
 import math
 
 import torch
@@ -19,6 +20,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build of torch without it
     varlen_attn = None
+VARLEN_TAKES = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()  # shared heads: since torch 2.12
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who sees whom
@@ -88,10 +90,12 @@ def document_attention(
     shape = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, d)
     if by_kernel:
-        longest, shared = shape[1], q.shape[1] != k.shape[1]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=shared).view(
-            shape
-        )
+        longest, groups, more = shape[1], q.shape[1] // k.shape[1], {}
+        if groups > 1 and "enable_gqa" in VARLEN_TAKES:
+            more["enable_gqa"] = True
+        elif groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (N, H, d)
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **more).view(shape)
     lengths = bounds.diff().tolist()
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)  # (H or K, n, d)
     parts = [flash_attention(q[None], k[None], v[None], None, True, dropout)[0] for q, k, v in documents]
@@ -107,7 +111,7 @@ def takes_documents(x: Tensor, config: MiniMindConfig, training: bool) -> bool:
     half = compute_dtype(x) in (torch.bfloat16, torch.float16)
     # Wider heads have no backward on sm_86. Builds without the kernel (Windows) have varlen_attn all the same.
     fits = config.head_dim % 8 == 0 and config.head_dim <= 192 and not (config.dropout and training)
-    there = varlen_attn is not None and torch.backends.cuda.is_flash_attention_available()
+    there = "window_size" in VARLEN_TAKES and torch.backends.cuda.is_flash_attention_available()
     return half and fits and there and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 

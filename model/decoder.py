@@ -271,10 +271,11 @@ class Decoder:
         rows = min(power_of_two(len(ids)), self.slots)
         span = min(max(64, power_of_two(max(positions) + 1)), self.capacity)
         filler = rows - len(ids)
-        inputs = torch.tensor([[*ids, *[0] * filler], [*positions, *[self.capacity] * filler]], device=self.device)
+        inputs = [[*ids, *[0] * filler], list(range(rows)), [*positions, *[self.capacity] * filler]]
+        inputs = torch.tensor(inputs, device=self.device)
         if (rows, span) not in self.graphs:
-            buffer, slots = inputs.clone(), torch.arange(rows, device=self.device)
-            run = partial(self.forward, buffer[0], slots, buffer[1], rows, span, True, [])
+            buffer = inputs.clone()  # all that a recorded step reads has to stay where it is
+            run = partial(self.forward, *buffer, rows, span, True, [])
             self.graphs[rows, span] = buffer, *record(run, self.device, self.pool)
         buffer, again, logits = self.graphs[rows, span]
         buffer.copy_(inputs)

@@ -118,7 +118,7 @@ def test_padding_inside_a_document_has_no_bounds():
     assert document_bounds(torch.tensor([[1, 0, 0, 2], [1] * 4])) is not None
 
 
-def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
     """What varlen_attn is documented to compute, document by document: q (N, H, d), k and v (N, K, d) -> (N, H, d)."""
     assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and k.shape == v.shape
     assert enable_gqa == (q.shape[1] != k.shape[1])  # no copy of the shared heads
@@ -129,7 +129,7 @@ def varlen_on_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, ena
     )
 
 
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
+@pytest.mark.parametrize("way", ["cpu", "cuda", "torch 2.11"])
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_by_documents_equals_the_mask(monkeypatch, name, way):
     """Values and gradients, by the loop of a CPU and by the call of a GPU's kernel, a stand-in taking its place."""
@@ -137,9 +137,10 @@ def test_attention_by_documents_equals_the_mask(monkeypatch, name, way):
     q, k, v = (torch.randn(2, 12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     weights = torch.randn(2, 12, 4, 8) * (mask > 0)[..., None, None]
     expected = plain_attention(*(x.transpose(1, 2) for x in (q, k, v)), visible_keys(mask, 12), False, 0.0)
-    monkeypatch.setattr("model.attention.varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(attention, "VARLEN_TAKES", {"window_size"} | ({"enable_gqa"} if way == "cuda" else set()))
     bounds = document_bounds(mask)
-    out = document_attention(q, k, v, bounds, 0.0, by_kernel=way == "cuda")
+    out = document_attention(q, k, v, bounds, 0.0, by_kernel=way != "cpu")
     torch.testing.assert_close(out[mask > 0], expected.transpose(1, 2)[mask > 0], **CLOSE)
     got = torch.autograd.grad((out * weights).sum(), [q, k, v])
     wanted = torch.autograd.grad((expected.transpose(1, 2) * weights).sum(), [q, k, v])
@@ -163,13 +164,19 @@ def test_training_on_packed_rows_builds_no_mask(monkeypatch):
 
 @pytest.mark.parametrize(
     ("missing", "there"),
-    [({}, True), ({"built": False}, False), ({"capability": (7, 5)}, False), ({"head": 256}, False)],
+    [
+        ({}, True),
+        ({"built": False}, False),
+        ({"capability": (7, 5)}, False),
+        ({"head": 256}, False),
+        ({"takes": {"is_causal"}}, False),
+    ],
     ids=str,
 )
 def test_documents_go_to_the_kernel_of_a_gpu_that_has_it(missing, there, monkeypatch):
-    """A build without the kernel (Windows) can import varlen_attn all the same."""
-    given = {"built": True, "capability": (8, 6), "head": 64} | missing
-    monkeypatch.setattr(attention, "varlen_attn", varlen_on_cpu)
+    """A build without the kernel (Windows) can import varlen_attn all the same; that of torch 2.10 had other keys."""
+    given = {"built": True, "capability": (8, 6), "head": 64, "takes": {"window_size", "enable_gqa"}} | missing
+    monkeypatch.setattr(attention, "VARLEN_TAKES", given["takes"])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: given["built"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
     config = MiniMindConfig(hidden_size=4 * given["head"], num_attention_heads=4, num_key_value_heads=2)
@@ -188,7 +195,7 @@ def test_known_bounds_are_not_computed_again(monkeypatch):
     assert torch.equal(found, expected)
 
 
-def kernel_by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def kernel_by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
     """The same as varlen_on_cpu without a read of a value, so that it can be compiled."""
     run = torch.bucketize(torch.arange(len(q)), cu_seq_q, right=True)
     seen = (run[:, None] == run) & torch.ones(len(q), len(q), dtype=torch.bool).tril()

@@ -20,8 +20,12 @@ class Recorder:
         self.records += 1
         arranged, result = run.func.__self__, run()
         read = [arranged.cache, arranged.cos, arranged.sin, *tensors_of(arranged.weights)]
+        inputs = [x.untyped_storage().data_ptr() for x in run.args if isinstance(x, torch.Tensor)]
+        assert len(inputs) == 3
 
         def again():
+            kept = [buffer.untyped_storage().data_ptr() for buffer, *_ in arranged.graphs.values()]
+            assert set(inputs) <= set(kept), "a graph keeps addresses: it would read freed memory"
             now = [arranged.cache, arranged.cos, arranged.sin, *tensors_of(arranged.weights)]
             assert all(a is b for a, b in zip(read, now, strict=True)), "a graph would read what is no longer there"
             result.copy_(run())
