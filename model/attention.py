@@ -20,7 +20,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build of torch without it
     varlen_attn = None
-VARLEN_TAKES = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()  # shared heads: since torch 2.12
+# What it takes differs: window_size since torch 2.11, enable_gqa (heads that share keys) since 2.12.
+VARLEN_TAKES = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who sees whom
