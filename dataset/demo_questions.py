@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
 
-PLAIN, OPENED, CLOSED, SLIPPED, IN_WORDS = 0.25, 0.2, 0.12, 0.25, 0.3  # shares of the questions
+PLAIN, OPENED, CLOSED, SLIPPED, MUDDLED, IN_WORDS = 0.2, 0.12, 0.1, 0.25, 0.1, 0.2  # shares of the questions
 ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
@@ -31,6 +31,8 @@ class Frames(NamedTuple):
     openings: list[str]
     closings: list[str]
     texts: list[str]
+    fillers: list[str]
+    words: dict[str, list[str]]
 
 
 @cache
@@ -42,10 +44,12 @@ def read_frames(language: str) -> Frames:
             frames = sections[line[1:-1]] = []
         elif line and not line.startswith("#"):
             frames.append(line)
-    shared = [sections.pop(name) for name in ("opening", "closing", "text")]
+    shared = [sections.pop(name, []) for name in ("opening", "closing", "text", "filler")]
+    lists = dict(line.split(" ", 1) for line in sections.pop("words", []))
+    words = {name: words.split(", ") for name, words in lists.items()}
     kinds = [(*header.rsplit(" ", 1), frames) for header, frames in sections.items()]
     seen, unseen = ([kind for kind in kinds if kind[0].startswith("unseen ") == new] for new in (False, True))
-    return Frames(seen, unseen, *shared)
+    return Frames(seen, unseen, *shared, words)
 
 
 def framed(core: str, frame: str) -> str:
@@ -54,25 +58,45 @@ def framed(core: str, frame: str) -> str:
     return frame.replace("{q}", core).replace("{s}", subject if bar else "{s}").replace("{w}", word)
 
 
+NO_WORDING = re.compile(r"[^\w{}+×]")
+
+
 def bare(template: str) -> str:
     """The wording alone, without marks, spaces and capitals."""
-    return re.sub(r"[^\w{}+×]", "", template).lower()
+    return NO_WORDING.sub("", template).lower()
+
+
+def is_kept_out(template: str) -> bool:
+    """Whether training never sees this wording: one in eight, whatever its marks."""
+    return zlib.crc32(bare(template).encode()) % 8 == 0
+
+
+@cache
+def all_ways(relation: Relation) -> list[tuple[int, list[str], list[str]]]:
+    """Of each kind of asking: its cores, its wordings for training, those that are kept out."""
+    kinds = []
+    for _, letter, frames in [*read_frames(relation.language).kinds, ("whole", "Q", ["{q}"])]:
+        split: tuple[list[str], list[str]] = ([], [])
+        for core in relation.cores.get(letter, ()):
+            for frame in frames:
+                wording = framed(core, frame)
+                split[is_kept_out(wording)].append(wording)
+        kinds.append((len(relation.cores.get(letter, ())), *split))
+    return kinds
 
 
 @cache
 def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[float]]:
     """All wordings of one split with their cumulative weights: a kind of asking comes up by the number of its cores.
 
-    One wording in eight is kept out of training, and H lines where a relation has few wordings (small talk).
+    Held out are the wordings that are kept out of training, and H lines where a relation has few (small talk).
     """
     templates: list[str] = []
     weights: list[float] = []
-    for _, letter, frames in [*read_frames(relation.language).kinds, ("whole", "Q", ["{q}"])]:
-        cores = relation.cores.get(letter, ())
-        kind = [framed(core, frame) for core in cores for frame in frames]
-        kind = [text for text in kind if (zlib.crc32(bare(text).encode()) % 8 == 0) == held_out]
+    for cores, *split in all_ways(relation):
+        kind = split[held_out]
         templates += kind
-        weights += [len(cores) / max(len(kind), 1)] * len(kind)
+        weights += [cores / max(len(kind), 1)] * len(kind)
     if held_out and len(templates) < FEW:
         templates += relation.held_out
         weights += [1] * len(relation.held_out)
@@ -82,7 +106,7 @@ def ways_of_asking(relation: Relation, held_out: bool) -> tuple[list[str], list[
 def ask(item: Item, rng: random.Random, *, held_out: bool = False) -> str:
     """A question for the item as somebody might type it, in a wording of the training rows or in a held-out one.
 
-    A quarter of the training questions is plain: so a fact is learned soon, and the ways of asking from the others.
+    A fifth of the training questions is plain: so a fact is learned soon, and the ways of asking from the others.
     """
     plain, (templates, cumulative) = plain_ways(item.relation), ways_of_asking(item.relation, held_out)
     while True:
@@ -132,7 +156,12 @@ def fill(template: str, item: Item, rng: random.Random) -> str:
     slots = item.slots
     if "x" in slots and not re.search("[+×=*]", template) and rng.random() < IN_WORDS:
         slots = slots | {name: number_in_words(int(slots[name]), item.relation.language) for name in "xy"}
-    return template.format(**slots)
+    return with_words(template, item.relation.language, rng).format(**slots)
+
+
+def with_words(text: str, language: str, rng: random.Random) -> str:
+    """A random word of its list for every <list>."""
+    return re.sub("<([a-z]+)>", lambda match: rng.choice(read_frames(language).words[match[1]]), text)
 
 
 def tell(text: str, item: Item, rng: random.Random) -> str:
@@ -148,16 +177,37 @@ def dress(question: str, item: Item, rng: random.Random) -> str:
     frames, space = read_frames(language), " " if language == "en" else ""
 
     def one_of(texts: list[str]) -> str:
-        return rng.choice([text for text in texts if item.answer.casefold() not in text.casefold()])
+        while True:
+            text = with_words(rng.choice(texts), language, rng)
+            if item.answer.casefold() not in text.casefold():
+                return text
 
     if rng.random() < OPENED:
         opening = one_of(frames.openings)
-        keep = opening[-1] in ".!?" or question.startswith(("I ", "I'", *item.slots.values()))
+        keep = opening[-1] in ".!?" or question.startswith(("I ", "I'", "US ", *item.slots.values()))
         question = opening + space + (question if keep else question[0].lower() + question[1:])
     if question[-1] in ".?!。？！" and rng.random() < CLOSED:
         question += space + one_of(frames.closings)
+    if rng.random() < MUDDLED:
+        question = muddle(question, item, rng)
     question = finish(question, language)
     return slip(question, item, rng) if rng.random() < SLIPPED else question
+
+
+def muddle(question: str, item: Item, rng: random.Random) -> str:
+    """A question as it is spoken: a filler somewhere, or a small word left out, never in the subject."""
+    subjects = [match.span() for value in item.slots.values() for match in re.finditer(re.escape(value), question)]
+    gaps = r"(?<=\w) (?=\w)" if item.relation.language == "en" else r"(?<=[^\W\d])(?=[^\W\d])"
+    spots = [m.start() for m in re.finditer(gaps, question) if not any(a < m.start() < b for a, b in subjects)]
+    if not spots:
+        return question
+    at = rng.choice(spots)
+    if rng.random() < 0.6:
+        return question[:at] + rng.choice(read_frames(item.relation.language).fillers) + question[at:]
+    if item.relation.language == "zh":
+        return question[:at] + question[at + 1 :] if not any(a <= at < b for a, b in subjects) else question
+    rest = re.sub(r"^ [a-z']{1,5}(?= )", "", question[at:])
+    return question if any(a <= at + 1 < b for a, b in subjects) else question[:at] + rest
 
 
 def slip(question: str, item: Item, rng: random.Random) -> str:

@@ -98,8 +98,8 @@ def _table_items(relation: Relation, header: re.Match) -> list[Item]:
 def base_items() -> tuple[Item, ...]:
     """Every (fact, language) of the pretraining and SFT data.
 
-    Arithmetic and the first rows of each table are taught in both languages, further rows in Chinese and English by
-    turns: a model of a few million parameters learns them all in minutes.
+    Arithmetic, the first rows of each table and those marked as known to everybody are taught in both languages,
+    further rows in Chinese and English by turns: a model of a few million parameters learns them all in minutes.
     """
     sheets = ("phrasings", "smalltalk")
     by_language = {lang: [item for sheet in sheets for item in read_items(sheet, lang)] for lang in LANGUAGES}
@@ -108,6 +108,7 @@ def base_items() -> tuple[Item, ...]:
     def is_taught(item: Item) -> bool:
         _, table, row = item.fact
         both = item.fact not in bilingual or table in COMPUTED_TABLES or row < ROWS_IN_BOTH_LANGUAGES
+        both |= item.slots.get("known") == "yes"
         return both or item.relation.language == LANGUAGES[row % 2]
 
     return tuple(item for items in by_language.values() for item in items if is_taught(item))

@@ -11,7 +11,7 @@ from dataset.demo_questions import ask, dress
 from dataset.demo_templates import FACTS_DIR, Item, Relation
 
 ANSWER = {"zh": "不知道", "en": "do not know"}  # in every honest answer, and in no other
-INVENTED = 0.5  # share of the questions that ask for an invented subject as for a known one
+INVENTED = 0.6  # share of the questions that ask for an invented subject as for a known one
 
 
 class Unknown:
@@ -52,7 +52,7 @@ class Unknown:
             like = self.asked[section]
             question = ask(replace(like, subject=subject, slots={**like.slots, "s": subject}), rng)
         else:
-            section = rng.choice(list(self.questions))
+            section = rng.choices(list(self.questions), list(map(len, self.questions.values())))[0]
             item = self.item(f"unknown.{section}", "")
             question = dress(self.fill(rng.choice(self.questions[section]), rng), item, rng)
         return item, question, rng.choice(self.answers)

@@ -79,10 +79,16 @@ def user_texts(rows: list[dict]) -> set[str]:
 # Tables and phrasings
 
 
+def test_what_everybody_knows_is_taught_in_both_languages():
+    taught = {(item.relation.name, item.relation.language, item.subject) for item in base_items()}
+    for relation, *subjects in (("capital", "德国", "Germany"), ("capital", "埃及", "Egypt"), ("symbol", "铁", "iron")):
+        assert {(relation, language, subject) for language, subject in zip(LANGUAGES, subjects, strict=True)} <= taught
+
+
 def test_counts():
     items = base_items()
     assert len({item.fact for item in items}) >= 1300
-    assert 1500 <= len(items) <= 1700
+    assert 1600 <= len(items) <= 1800
     for language in LANGUAGES:
         assert len({item.relation.name for item in items if item.relation.language == language}) >= 12
     in_both = [{item.fact for item in items if item.relation.language == language} for language in LANGUAGES]
@@ -239,7 +245,7 @@ def test_sft_asks_every_fact_in_many_wordings(rows_of):
     for item in base_items():
         if "x" not in item.slots:  # these come in either order
             different = sum(answers[render(form, item)] for form in item.relation.answers)
-            assert different >= 0.35 * demo.QUESTIONS_A_FACT, item
+            assert different >= 0.35 * demo.QUESTIONS_A_FACT[item.relation.language], item
     for name in ("sft_val", "unseen_val"):
         held_out = [(row["relation"], row["language"], row["answer"]) for row in rows_of[name]]
         assert held_out == [(item.relation.name, item.relation.language, item.answer) for item in base_items()]
@@ -249,7 +255,7 @@ def test_sft_has_longer_conversations_and_system_turns(rows_of):
     lengths = [len([turn for turn in row["conversations"] if turn["role"] == "user"]) for row in rows_of["sft"]]
     assert 0.5 < sum(length > 1 for length in lengths) / len(lengths) < 0.9 and max(lengths) >= 5
     assert any(row["conversations"][0]["role"] == "system" for row in rows_of["sft"])
-    assert sum(len(turn["content"]) for row in rows_of["sft"] for turn in row["conversations"]) < 60 * sum(lengths)
+    assert sum(len(turn["content"]) for row in rows_of["sft"] for turn in row["conversations"]) < 80 * sum(lengths)
 
 
 def test_no_held_out_question_in_any_training_file(rows_of):
@@ -290,7 +296,7 @@ def test_unanswerable_questions_get_an_honest_answer(rows_of):
         if question["role"] == "user"
     ]
     honest = [turn for turn in turns if demo_unknown.ANSWER[turn[0]] in turn[2]]
-    assert 0.05 < len(honest) / len(turns) < 0.15 and len({turn[1] for turn in honest}) > 0.9 * len(honest)
+    assert 0.1 < len(honest) / len(turns) < 0.2 and len({turn[1] for turn in honest}) > 0.9 * len(honest)
     known = {item.subject for item in base_items()}
     for language in LANGUAGES:
         unknown, rng = demo_unknown.Unknown(language, base_items()), random.Random(5)
@@ -355,17 +361,16 @@ def test_two_steps():
     assert two_steps("x - y + z", (9, 4, 2)) == (5, 7)
 
 
-def test_sums_are_right(rows_of):
-    sums = {name: [r for r in rows_of[name] if r.get("relation") == "sum"] for name in ("sft", "rlaif", "rlaif_val")}
-    for name, rows in sums.items():
-        assert len(rows) >= 100
-        for row in rows:
-            question, answer = (turn["content"] for turn in row["conversations"])
-            numbers = list(map(int, re.findall(r"\d+", answer if name == "sft" else question)))[:2]
-            if len(numbers) < 2:  # asked in words
-                continue
-            (x, y), result = numbers, int(row["answer"])
-            assert x + y == result and is_held_out(x, y) == name.endswith("_val")
+def test_prompts_of_rl_are_problems_whose_answers_nobody_reads(rows_of):
+    for name, held_out in (("rlaif", False), ("rlaif_val", True)):
+        worked = {
+            row["conversations"][0]["content"]: row["answer"]
+            for language in LANGUAGES
+            for row in problem_rows(language, held_out=held_out)
+        }
+        for row in rows_of[name]:
+            question, blank = (turn["content"] for turn in row["conversations"])
+            assert worked[question] == row["answer"] and blank == "无"
 
 
 # Making the files
