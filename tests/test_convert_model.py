@@ -112,7 +112,7 @@ def test_other_scripts_read_an_export(weights, tokenizer, tmp_path, capsys):
     assert [code for code, *_ in replies] == [0, 0]
     assert len({out.partition("\n")[2] for _, out, _ in replies}) == 1 and replies[0][1].splitlines()[2]
     run = new_run(tmp_path, f"--from_weight={tmp_path / 'folder'}")
-    model = build_model(run.args, tokenizer, run).eval()
+    model = build_model(run).eval()
     assert type(model) is MiniMindForCausalLM and run.name == weights.stem.replace("full_sft", "pretrain")
     ids = torch.randint(6400, (1, 9))
     torch.testing.assert_close(model(ids).logits, load_model(weights)[0](ids).logits, rtol=1e-4, atol=1e-5)

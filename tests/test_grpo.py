@@ -218,19 +218,17 @@ def test_groups_without_a_signal_give_way_to_other_prompts():
     """A group has a signal where its prompt is even; then rewards are 1 for the first reply and 0 for the others."""
     asked = []
 
-    def answer(sampler, prompts, dataset, args, group, draw):
+    def answer(actor, prompts, group, draw):
         asked.append(([number for _, number in prompts], draw))
-        return [Reply([], f"{i}", None, (5,), number=n, row=row) for row, n in prompts for i in range(group)]
-
-    def reward(terms, replies):
-        return {"reward": torch.tensor([float(r.number % 2 == 0 and r.text == "0") for r in replies])}
+        replies = [Reply([], f"{i}", None, (5,), number=n, row=row) for row, n in prompts for i in range(group)]
+        return replies, {"reward": torch.tensor([float(r.number % 2 == 0 and r.text == "0") for r in replies])}
 
     batch = MicroBatch([0, 1, 2], {}, {"prompt": torch.tensor([4, 5, 7, -1])}, 0, 0)
     dataset = mock.MagicMock(order=np.arange(20))
     dataset.__len__.return_value = 20
     args = SimpleNamespace(num_generations=2, dynamic_sampling=30, seed=1)
-    with mock.patch.object(train_grpo, "roll_out", answer), mock.patch.object(train_grpo, "score", reward):
-        replies, rewards = sample_groups(None, SimpleNamespace(batches=[batch], number=9), dataset, [], args)
+    task = SimpleNamespace(args=args, prompts=dataset, answer=answer)
+    replies, rewards = sample_groups(task, None, SimpleNamespace(batches=[batch], number=9))
     numbers = [reply.number for reply in replies[::2]]
     assert numbers[0] == 4 and numbers[3] == -1 and all(n % 2 == 0 for n in numbers[1:3])
     assert rewards["reward"].tolist() == [1, 0, 1, 0, 1, 0, 0, 0]
@@ -283,7 +281,7 @@ def test_the_reward_rises(tmp_path):
         return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
 
     flags = ["--max_steps=20", "--num_generations=8", "--learning_rate=2e-2", "--top_k=0", "--inner_epochs=2"]
-    with mock.patch.object(train_grpo, "score", reward), mock.patch.object(rl, "score", reward):
+    with mock.patch.object(rl, "score", reward):
         log = train(tmp_path, *flags, "--eval_interval=6")
     rewards = [line["reward"] for line in log]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
@@ -316,7 +314,7 @@ def test_twenty_dead_steps_end_the_run_with_the_reason(tmp_path, monkeypatch):
 
 def fault_of(name, monkeypatch):
     """Make train_grpo wrong in one place."""
-    scoring, batching, sampler = train_grpo.token_logprobs, train_grpo.as_batch, train_grpo.make_sampler
+    scoring, batching, sampler = train_grpo.token_logprobs, train_grpo.as_batch, rl.make_sampler
 
     def hot(net, batch, args):
         return scoring(net, batch, SimpleNamespace(**{**vars(args), "temperature": 1.3}))
@@ -337,7 +335,7 @@ def fault_of(name, monkeypatch):
     elif name == "mask":
         monkeypatch.setattr(train_grpo, "as_batch", unmasked)
     else:
-        monkeypatch.setattr(train_grpo, "make_sampler", with_dropout)
+        monkeypatch.setattr(rl, "make_sampler", with_dropout)
 
 
 @pytest.mark.parametrize("truncated", [True, False])

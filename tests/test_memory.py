@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Training, measure_memory
+from small_rl import write_world
 
 from model.errors import run_script
+from model.generation import Engine
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from trainer import train_pretrain
+from trainer import train_grpo, train_ppo, train_pretrain
 from trainer.runtime import memory, steps
 from trainer.runtime.run import Run
 
@@ -164,6 +166,36 @@ def test_the_probe_leaves_no_trace(tmp_path):
     assert fixed > 4 * sum(p.numel() for p in model.parameters()) and per_row > 64 * 64 * 4
     assert torch.equal(before, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_rl_needs_beside_its_policy():
+    """By hand: a critic's gradients and optimizer state; an engine's own weights, its keys and values."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))  # 2 key heads of 8
+    numbers = sum(p.numel() for p in model.parameters())
+    assert memory.training_bytes(model, "adamw") == 12 * numbers and memory.training_bytes(model, "muon") == 8 * numbers
+    model.lm_head.weight.requires_grad_(False)
+    assert memory.training_bytes(model, "muon") == 8 * (numbers - model.lm_head.weight.numel())
+    cache = 2 * 2 * 2 * 8 * (64 * 257)  # layers, keys and values, heads, width; 64 slots of 256 tokens and one more
+    assert memory.sampling_bytes(model, 40, 160, 4) == 4 * (numbers + cache)
+    engine = Engine(model, max_batch=64)
+    engine.decoder.reserve(40, 160)
+    assert engine.decoder.cache.numel() == cache
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_ppo])
+def test_rl_counts_what_it_needs_beside_its_policy(script, tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(
+        "trainer.runtime.run.check_memory", lambda model, run, logits, beside: told.update(model=model, beside=beside)
+    )
+    flags = ["--batch_size=4", "--accumulation_steps=2", "--num_generations=4", "--max_steps=1"]
+    args = script.parse_args([*write_world(tmp_path), *flags])
+    script.main(args)
+    model, critic = told["model"], 0
+    if script is train_ppo:  # its head is a vector in place of the vocabulary's
+        critic = memory.training_bytes(model, args.optimizer)
+        critic += {"muon": 8, "adamw": 12}[args.optimizer] * model.config.hidden_size
+    assert told["beside"] == memory.sampling_bytes(model, 32, args.max_seq_len, 4) + critic
 
 
 V1 = {

@@ -37,7 +37,7 @@ from trainer import train_full_sft, train_pretrain
 from trainer.runtime import evaluation, start
 from trainer.runtime.devices import pick_dtype
 from trainer.runtime.engine import Engine
-from trainer.runtime.evaluation import evaluate
+from trainer.runtime.evaluation import evaluate, token_loss
 from trainer.runtime.flags import ROOT
 from trainer.runtime.meters import peak_expert_load
 from trainer.runtime.run import Run
@@ -215,14 +215,14 @@ def test_loss_falls(script, data, tmp_path):
 def test_evaluate_equals_a_direct_computation(script, data, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, dropout=0.5)).train()
-    totals = train_pretrain.next_token_loss if script is train_pretrain else train_full_sft.answer_loss
     dataset = dataset_of(script, data, tokenizer, tmp_path)
     nats, targets = map(sum, zip(*(nats_by_hand(model, dataset[i]) for i in range(len(dataset))), strict=True))
     texts = TEXTS if script is train_pretrain else [answer for _, answer in CHATS]
     n_bytes = sum(len(text.encode()) for text in texts)  # the end token is no text
     for batch_size in (1, 3, 64):
         model.train()
-        meters = evaluate(model, dataset, new_run(tmp_path, f"--batch_size={batch_size}"), totals, tokenizer=tokenizer)
+        run = new_run(tmp_path, f"--batch_size={batch_size}")
+        meters = evaluate(model, dataset, run, token_loss, tokenizer=tokenizer)
         assert model.training
         assert meters["val_loss"] == pytest.approx(nats / targets, rel=1e-5)
         assert meters["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
@@ -237,7 +237,7 @@ def test_an_evaluation_is_not_in_the_speed(data, tokenizer, tmp_path, monkeypatc
 
     def slow(model, batch):
         now[0] += 2.0
-        return train_pretrain.next_token_loss(model, batch)
+        return token_loss(model, batch)
 
     dataset = dataset_of(train_pretrain, data, tokenizer, tmp_path, packing=False)  # 22 rows: three batches
     now[0] += 5.0

@@ -146,7 +146,8 @@ def parse_args(argv=None):
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args, "toy")
-    policy = build_model(args, TOKENIZER, run)
+    run.tokenizer = TOKENIZER
+    policy = build_model(run)
     torch.manual_seed(1)
     critic_model = MiniMindForScoring(policy.config)
     sampler = Sampler(policy)

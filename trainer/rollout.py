@@ -43,9 +43,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 def make_sampler(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> Engine:
     """The engine that samples from the policy."""
-    at_once, context = MOST_AT_ONCE.get(run.device.type, 64), run.args.max_seq_len
-    policy = without_dropout(policy)
-    return Engine(policy, tokenizer, max_batch=at_once, context=context, prefill_chunk=2048, dtype=run.dtype)
+    context, policy = run.args.max_seq_len, without_dropout(policy)
+    return Engine(policy, tokenizer, max_batch=at_once(run), context=context, prefill_chunk=2048, dtype=run.dtype)
+
+
+def at_once(run: Run) -> int:
+    """Replies that are decoded together."""
+    return MOST_AT_ONCE.get(run.device.type, 64)
 
 
 def prompts_of(batches: list[MicroBatch]) -> list[tuple[int, int]]:
@@ -141,6 +145,6 @@ def in_parts(compute: Callable[[MicroBatch], Tensor], rollout: MicroBatch, run: 
     return values
 
 
-def reference_logprobs(reference: nn.Module, rollout: MicroBatch, run: Run) -> Tensor:
-    """log pi of the replies under a frozen model, (N, T)."""
-    return in_parts(lambda part: token_logprobs(reference, part, run.args)[0], rollout, run)
+def logprobs_of(net: Callable, rollout: MicroBatch, run: Run) -> Tensor:
+    """log pi of the replies under a model or the engine around it, (N, T), without a gradient."""
+    return in_parts(lambda part: token_logprobs(net, part, run.args)[0], rollout, run)

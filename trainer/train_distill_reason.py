@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.chat import plain_text_backend
 from dataset.lm_dataset import IGNORED, SFTDataset
 from model.errors import InputError
-from model.loading import find_weights, load_tokenizer
+from model.loading import find_weights
 from trainer.runtime.flags import common_parser, number
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, given_sizes, make_engine, open_data, run_training
@@ -93,14 +93,10 @@ def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor | tu
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="r1_mix_1024.jsonl", from_weight=START, epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
-    )
+    parser = common_parser(__doc__, "r1_mix_1024.jsonl", START, 2, lr={"muon": 1e-3, "adamw": 2e-4})
     parser.set_defaults(max_seq_len=1024)
     group = parser.add_argument_group("reasoning")
-    group.add_argument(
-        "--tag_weight", type=number(float, 0), default=10.0, help="of <think> </think> <answer> </answer> (default: 10)"
-    )
+    group.add_argument("--tag_weight", type=number(float, 0), default=10.0, help="of the four tags (default: 10)")
     return parser.parse_args(argv)
 
 
@@ -109,20 +105,19 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, "reason")
 
     # 2. Tokenizer with its tags, and the model that answers already
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    tags = {"tag_ids": find_tags(tokenizer, args.tag_weight), "tag_weight": args.tag_weight}
+    tags = {"tag_ids": find_tags(run.tokenizer, args.tag_weight), "tag_weight": args.tag_weight}
     args.from_weight = pick_start(args)
-    model = build_model(args, tokenizer, run)
+    model = build_model(run)
     run.settings = {"--tag_weight": args.tag_weight}
 
     # 3. Data: packed rows of whole conversations, labels on the answers and a weight for each label
     kind = partial(ReasonDataset, **tags)
-    train_set, val_set = open_data(kind, "r1_mix_1024.jsonl", "reason.jsonl", tokenizer, run)
+    train_set, val_set = open_data(kind, "r1_mix_1024.jsonl", "reason.jsonl", run)
     run.plan(model, train_set)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
     engine = make_engine(model, run)
-    with run.training({"model": engine}, train_set, val_set, held_out, tokenizer) as steps:
+    with run.training({"model": engine}, train_set, val_set, held_out, run.tokenizer) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
                 output = engine(**batch.inputs, return_logits=False, equal_weights=False)

@@ -34,7 +34,7 @@ from dataset.lm_dataset import SFTDataset
 from model.attention import positions_from_mask, visible_keys
 from model.errors import InputError
 from model.LMConfig import PRESETS
-from model.loading import check_vocab, find_weights, load_model, load_tokenizer, missing
+from model.loading import check_vocab, find_weights, load_model, missing
 from model.loss import shifted_targets
 from model.model_minimind import MiniMindForCausalLM
 from model.outputs import MiniMindOutput
@@ -148,25 +148,14 @@ def check_same_vocabulary(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="sft_mini_512.jsonl", from_weight="pretrain", epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
-    )
+    parser = common_parser(__doc__, "sft_mini_512.jsonl", "pretrain", 2, lr={"muon": 1e-3, "adamw": 2e-4})
     group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--teacher", default="full_sft", help="stage name, .pth file or transformers folder (default: full_sft)"
-    )
+    group.add_argument("--teacher", default="full_sft", help="stage, .pth or transformers folder (default: full_sft)")
     group.add_argument("--teacher_preset", choices=PRESETS, help="size of the teacher (default: minimind2)")
     group.add_argument("--teacher_hidden_size", type=COUNT, help="width of the teacher, in place of the preset's")
     group.add_argument("--teacher_num_hidden_layers", type=COUNT, help="depth that the teacher must have")
-    group.add_argument(
-        "--alpha",
-        type=number(float, 0, 1),
-        default=0.5,
-        help="weight of the true tokens, 1 - alpha that of the teacher (default: 0.5)",
-    )
-    group.add_argument(
-        "--temperature", type=number(float, 0.01), default=1.0, help="tau: above 1, flatter distributions (default: 1)"
-    )
+    group.add_argument("--alpha", type=number(float, 0, 1), default=0.5, help="weight of the true token (default: 0.5)")
+    group.add_argument("--temperature", type=number(float, 0.01), default=1.0, help="tau: above 1 flatter (default: 1)")
     return parser.parse_args(argv)
 
 
@@ -175,10 +164,9 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, "distill")
 
     # 2. Tokenizer, the student, and the frozen teacher
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    student = build_model(args, tokenizer, run)
+    student = build_model(run)
     teacher, teacher_path = load_teacher(args, run)
-    check_same_vocabulary(teacher, teacher_path, student, tokenizer)
+    check_same_vocabulary(teacher, teacher_path, student, run.tokenizer)
     run.settings = {
         "--alpha": args.alpha,
         "--temperature": args.temperature,
@@ -187,13 +175,13 @@ def main(args: argparse.Namespace) -> None:
     }
 
     # 3. Data: packed rows of whole conversations, labels on the answers
-    train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", tokenizer, run)
+    train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", run)
     run.plan(student, train_set, WHOLE_LOGITS)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
     engine = make_engine(student, run)
     totals = partial(held_out, teacher, args.alpha, args.temperature)
-    with run.training({"model": engine}, train_set, val_set, totals, tokenizer) as steps:
+    with run.training({"model": engine}, train_set, val_set, totals, run.tokenizer) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
                 targets = find_targets(batch)

@@ -34,10 +34,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
-from model.loading import load_tokenizer, write_files
+from model.loading import write_files
 from trainer.runtime.checkpoint import config_hash
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
 from trainer.runtime.flags import common_parser, number
+from trainer.runtime.meters import pair_meters
 from trainer.runtime.reference import open_reference, weights_hash
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
@@ -71,9 +72,7 @@ def preference_losses(
     logprobs = logprobs.detach()
     rewards = args.beta * (logprobs - reference)
     margins = rewards[..., 0] - rewards[..., 1]
-    right = (margins.sign() + 1) / 2  # a tie counts half
-    meters = {
-        "accuracy": (right * there).sum(), "margin": margins.sum(),
+    meters = pair_meters(margins, there) | {
         "chosen_reward": rewards[..., 0].sum(), "rejected_reward": rewards[..., 1].sum(),
         "chosen_logprob": logprobs[..., 0].sum(), "rejected_logprob": logprobs[..., 1].sum(),
     }  # fmt: skip
@@ -138,18 +137,12 @@ def reference_logprobs(dataset: DPODataset, model: torch.nn.Module, run: Run) ->
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=1, lr={"muon": 1e-4, "adamw": 3e-5}
-    )
+    parser = common_parser(__doc__, "dpo.jsonl", "full_sft", 1, lr={"muon": 1e-4, "adamw": 3e-5})
     parser.set_defaults(max_seq_len=1024)  # two answers of 512
     group = parser.add_argument_group("preferences")
+    group.add_argument("--beta", type=number(float, 0), help="nearness to the reference (default: 0.1 or 5, see above)")
     group.add_argument(
-        "--beta",
-        type=number(float, 0),
-        help="how near the policy stays to the reference (default: 0.1 or 5, see above)",
-    )
-    group.add_argument(
-        "--label_smoothing", type=number(float, 0, 0.5), default=0.0, help="share of wrong labels (default: 0)"
+        "--label_smoothing", type=number(float, 0, 0.5), default=0.0, help="share of wrong ones (default: 0)"
     )
     group.add_argument("--loss_type", choices=list(BETAS), default="sigmoid", help="default: sigmoid, the paper's")
     args = parser.parse_args(argv)
@@ -161,12 +154,11 @@ def main(args: argparse.Namespace) -> None:
     # 1. Where and in which precision to compute
     run = Run(args, "rlhf")
 
-    # 2. Tokenizer and the policy
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = build_model(args, tokenizer, run, args.max_seq_len // 2)
+    # 2. The policy
+    model = build_model(run, args.max_seq_len // 2)
 
     # 3. Data: packed rows of pairs, labels on the two answers
-    train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", tokenizer, run)
+    train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", run)
     run.plan(model, train_set)
 
     # 4. The reference's log-probabilities of every answer

@@ -16,27 +16,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
-from model.loading import load_tokenizer
+from trainer.runtime.evaluation import token_loss
 from trainer.runtime.flags import common_parser
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
-from trainer.runtime.steps import MicroBatch
-
-
-def answer_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """- sum_t m_t log p(x_t | x_<t) in nats, m_t = labels are not -100; inputs: three of (B, T) -> scalar."""
-    return {"loss": model(**batch.inputs, return_logits=False).token_losses.sum()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="sft_mini_512.jsonl", from_weight="pretrain", epochs=2, lr={"muon": 1e-3, "adamw": 2e-4}
-    )
+    parser = common_parser(__doc__, "sft_mini_512.jsonl", "pretrain", 2, lr={"muon": 1e-3, "adamw": 2e-4})
     return parser.parse_args(argv)
 
 
@@ -44,17 +34,16 @@ def main(args: argparse.Namespace) -> None:
     # 1. Where and in which precision to compute
     run = Run(args, "full_sft")
 
-    # 2. Tokenizer and the pretrained model
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = build_model(args, tokenizer, run)
+    # 2. The pretrained model
+    model = build_model(run)
 
     # 3. Data: packed rows of whole conversations, labels on the answers
-    train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", tokenizer, run)
+    train_set, val_set = open_data(SFTDataset, "sft_mini_512.jsonl", "sft.jsonl", run)
     run.plan(model, train_set)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
     engine = make_engine(model, run)
-    with run.training({"model": engine}, train_set, val_set, answer_loss, tokenizer) as steps:
+    with run.training({"model": engine}, train_set, val_set, token_loss, run.tokenizer) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
                 output = engine(**batch.inputs, return_logits=False)

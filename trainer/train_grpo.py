@@ -27,9 +27,7 @@ Shapes: P prompts of this rank, G replies to each, N = P G; B replies of a micro
 """
 
 import argparse
-import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +36,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
-from model.loading import load_tokenizer
-from trainer.rewards import Reply, Term, score
-from trainer.rollout import as_batch, make_sampler, prompts_of, reference_logprobs, roll_out, token_logprobs
+from dataset.lm_dataset import BLANK, IGNORED
+from trainer.rewards import Reply
+from trainer.rollout import as_batch, prompts_of, token_logprobs
 from trainer.runtime.distributed import rank
-from trainer.runtime.flags import COUNT, SWITCH, number
-from trainer.runtime.reference import open_reference
-from trainer.runtime.rl import held_out, open_prompts, parse_rl, report, rl_parser, settings
+from trainer.runtime.engine import Engine
+from trainer.runtime.flags import SWITCH, number
+from trainer.runtime.rl import Task, parse_rl, report, rl_parser
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
-from trainer.runtime.watch import Watch
+from trainer.runtime.steps import Step
 
 DEFAULTS = {  # of each --loss_type
     "grpo": {"beta": 0.04, "eps_high": 0.2},
@@ -98,22 +95,20 @@ def grpo_loss(
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-def sample_groups(sampler, step, prompts: RLAIFDataset, terms: list[Term], args) -> tuple[list[Reply], dict]:
+def sample_groups(task: Task, actor: Engine, step: Step) -> tuple[list[Reply], dict[str, Tensor]]:
     """G replies to each prompt of this rank in this step (N), and what they are rewarded with, {term: (N,)}.
 
     With --dynamic_sampling groups without a signal give way to groups of other prompts, as often as it says.
     """
-    G = args.num_generations
-    replies = roll_out(sampler, prompts_of(step.batches), prompts, args, G, draw=(step.number, 0))
-    rewards = score(terms, replies)
+    args, G = task.args, task.args.num_generations
+    replies, rewards = task.answer(actor, prompts_of(step.batches), G, draw=(step.number, 0))
     for attempt in range(1, args.dynamic_sampling + 1):
         _, signal = group_advantages(rewards["reward"], G)
         dead = [i for i in range(0, len(replies), G) if not signal[i] and replies[i].row != BLANK]
         rng = np.random.default_rng([args.seed, step.number, attempt, rank()])
-        rows = rng.permutation(len(prompts))[: len(dead)].tolist()
-        others = [(row, int(prompts.order[row])) for row in rows]
-        fresh = roll_out(sampler, others, prompts, args, G, draw=(step.number, attempt))
-        found = score(terms, fresh)
+        rows = rng.permutation(len(task.prompts))[: len(dead)].tolist()
+        others = [(row, int(task.prompts.order[row])) for row in rows]
+        fresh, found = task.answer(actor, others, G, draw=(step.number, attempt))
         for i, j in zip(dead, range(0, len(fresh), G), strict=False):
             replies[i : i + G] = fresh[j : j + G]
             for name, values in rewards.items():
@@ -129,13 +124,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("policy optimisation")
     group.add_argument("--loss_type", choices=list(DEFAULTS), default="grpo", help="see above (default: grpo)")
     group.add_argument("--eps_low", type=number(float, 0, 1), default=0.2, help="clip below 1 - eps (default: 0.2)")
-    group.add_argument(
-        "--eps_high", type=number(float, 0), help="clip above 1 + eps (default: 0.2; dapo 0.28, cispo 4)"
-    )
+    group.add_argument("--eps_high", type=number(float, 0), help="above 1 + eps (default: 0.2; dapo 0.28, cispo 4)")
     group.add_argument("--beta", type=number(float, 0), help="weight of the KL term (default: 0.04 for grpo, else 0)")
     group.add_argument("--kl_unbiased", **SWITCH, default=False, help="r k3 in place of k3 (default: 0)")
-    group.add_argument("--inner_epochs", type=COUNT, default=1, help="passes over a rollout (default: 1)")
-    group.add_argument("--minibatches", type=COUNT, default=2, help="updates of a pass (default: 2)")
     group.add_argument(
         "--dynamic_sampling", type=number(int, 0), nargs="?", const=3, default=0,
         help="so many times a step (bare: 3) groups without a signal give way to other prompts (default: 0)",
@@ -150,45 +141,27 @@ def main(args: argparse.Namespace) -> None:
     # 1. Where and in which precision to compute
     run = Run(args, "grpo")
 
-    # 2. Tokenizer, the policy, and the reference: as the policy is now, frozen
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    policy = build_model(args, tokenizer, run)
-    reference = copy.deepcopy(open_reference(args, policy, run)).eval().requires_grad_(False) if args.beta else None
+    # 2. The policy
+    policy = build_model(run)
 
-    # 3. Data: prompts, what they are rewarded for, and the engine that answers them
-    prompts, val_set, terms = open_prompts(args, run, tokenizer)
-    run.plan(policy, prompts)
-    names = (
-        "loss_type",
-        "beta",
-        "eps_low",
-        "eps_high",
-        "kl_unbiased",
-        "inner_epochs",
-        "minibatches",
-        "dynamic_sampling",
-    )
-    run.settings = settings(args, terms, reference, *names)
-    sampler = make_sampler(policy, tokenizer, run)
-    watch = Watch(run)
+    # 3. Prompts, what replies are rewarded for, the engine that samples; the reference: the policy as it is now, frozen
+    task = Task(policy, run)
 
-    # 4. The loop: a step replies G replies to each prompt, and learns from them in several updates
+    # 4. The loop: a step samples G replies to each prompt, and learns from them in several updates
     actor = make_engine(policy, run)
-    totals = partial(held_out, sampler=sampler, actor=actor, prompts=val_set, terms=terms, args=args)
-    with run.training({"actor": actor}, prompts, val_set, totals, extra={"watch": watch}) as steps:
+    totals, extra = task.totals(actor), {"watch": task.watch}
+    with run.training({"actor": actor}, task.prompts, task.val_set, totals, extra=extra) as steps:
         for step in steps:
             # a. The policy answers, its replies are rewarded and compared within their group
-            with actor.gathered():
-                sampler.refresh()
-                replies, rewards = sample_groups(sampler, step, prompts, terms, args)
+            replies, rewards = sample_groups(task, actor, step)
             advantages, signal = group_advantages(rewards["reward"], args.num_generations, args.loss_type != "dr_grpo")
-            report(step, watch, replies, rewards, advantages, signal)
+            report(step, task.watch, replies, rewards, advantages, signal)
 
             # b. As a batch, with the log-probabilities that the tokens were drawn with (old) and those of the reference
-            rollout = as_batch(replies, prompts, run.device)
+            rollout = as_batch(replies, task.prompts, run.device)
             rollout.extra["advantages"], rollout.extra["signal"] = advantages.to(run.device), signal.to(run.device)
-            if reference is not None:
-                rollout.extra["reference"] = reference_logprobs(reference, rollout, run)
+            if task.reference:
+                rollout.extra["reference"] = task.reference_logprobs(rollout)
             lengths = (rollout.inputs["labels"] != IGNORED).sum(1)
             counts = lengths if args.loss_type in ("dapo", "cispo") else (lengths > 0).long()
 
@@ -198,14 +171,14 @@ def main(args: argparse.Namespace) -> None:
                     new, mask, output = token_logprobs(actor, batch, args)
                     old, ref = batch.extra["old"], batch.extra.get("reference")
                     if number == 0:
-                        watch.first_minibatch((new.detach() - old)[mask])
+                        task.watch.first_minibatch((new.detach() - old)[mask])
                     mask = mask & batch.extra["signal"][:, None]
                     losses, logged = grpo_loss(new, old, ref, batch.extra["advantages"], mask, args)
                     update.note(batch, output, losses)
                     step.note_samples(**{name: values[mask] for name, values in logged.items()})
                     actor.backward(losses.sum() / update.targets + update.balance(output, batch))
                 actor.update(args.grad_clip)
-            watch.replicas(policy)
+            task.finish(step)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 5 --weight {run.weights}")
 

@@ -21,28 +21,21 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
 from model.errors import InputError, UsageError
 from model.LMConfig import MiniMindConfig
-from model.loading import TRAINED_BY, find_weights, load_tokenizer
+from model.loading import TRAINED_BY, find_weights
 from model.model_lora import DEFAULT_RANK, DEFAULT_TARGETS, attach, save_lora, target_names
 from trainer.runtime.distributed import world_size
+from trainer.runtime.evaluation import token_loss
 from trainer.runtime.flags import COUNT, ROOT, common_parser, number
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training, weights_file_hash
-from trainer.runtime.steps import MicroBatch
 
 EMBEDDED = ("lora_identity", "lora_medical")  # adapters that dataset/demo/ has data for
 MIN_STEPS = 20  # of an epoch
-
-
-def answer_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """- sum_t m_t log p(x_t | x_<t) in nats, m_t = labels are not -100; inputs: three of (B, T) -> scalar."""
-    return {"loss": model(**batch.inputs, return_logits=False).token_losses.sum()}
 
 
 def adapter_name(text: str) -> str:
@@ -53,14 +46,10 @@ def adapter_name(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="LORA_NAME.jsonl", from_weight="full_sft", epochs=4, lr={"adamw": 2e-3, "muon": 2e-3}
-    )
+    parser = common_parser(__doc__, "LORA_NAME.jsonl", "full_sft", 4, lr={"adamw": 2e-3, "muon": 2e-3})
     group = parser.add_argument_group("LoRA")
-    group.add_argument(
-        "--lora_name", type=adapter_name, default=EMBEDDED[0],
-        help=f"of the adapter and its data file (default: {EMBEDDED[0]})",
-    )  # fmt: skip
+    told = f"of the adapter and its data file (default: {EMBEDDED[0]})"
+    group.add_argument("--lora_name", type=adapter_name, default=EMBEDDED[0], help=told)
     group.add_argument("--lora_rank", type=COUNT, default=DEFAULT_RANK, help=f"r (default: {DEFAULT_RANK})")
     group.add_argument("--lora_alpha", type=number(float, 1e-6), help="the product counts alpha / r times (default: r)")
     group.add_argument(
@@ -107,8 +96,7 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, args.lora_name, folder="lora")
 
     # 2. Tokenizer, the model, and an adapter on it: from here on nothing else trains
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = build_model(args, tokenizer, run)
+    model = build_model(run)
     alpha = args.lora_alpha or float(args.lora_rank)
     attach(model, args.lora_rank, alpha, targets)
     base, base_hash = base_of(args, model.config, run)
@@ -119,14 +107,14 @@ def main(args: argparse.Namespace) -> None:
     write = partial(save_lora, base={"name": base.name, "hash": base_hash})
 
     # 3. Data: packed rows of whole conversations, labels on the answers
-    train_set, val_set = open_data(SFTDataset, f"{args.lora_name}.jsonl", f"{args.lora_name}.jsonl", tokenizer, run)
+    train_set, val_set = open_data(SFTDataset, f"{args.lora_name}.jsonl", f"{args.lora_name}.jsonl", run)
     if free:
         take_small_steps(run, len(train_set))
     run.plan(model, train_set)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
     engine = make_engine(model, run)
-    with run.training({"model": engine}, train_set, val_set, answer_loss, tokenizer, write=write) as steps:
+    with run.training({"model": engine}, train_set, val_set, token_loss, run.tokenizer, write=write) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
                 output = engine(**batch.inputs, return_logits=False)

@@ -26,7 +26,6 @@ Shapes: N replies of this rank, B of a micro-batch, T tokens of the longest prom
 import argparse
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,28 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.lm_dataset import IGNORED
 from model.errors import InputError
 from model.heads import MiniMindForScoring
-from model.loading import find_weights, load_model, load_tokenizer
+from model.loading import find_weights, load_model
 from model.outputs import ScoringOutput
-from trainer.rewards import score
-from trainer.rollout import (
-    as_batch,
-    in_parts,
-    make_sampler,
-    prompts_of,
-    reference_logprobs,
-    roll_out,
-    token_logprobs,
-    without_dropout,
-)
+from trainer.rollout import as_batch, in_parts, prompts_of, token_logprobs, without_dropout
 from trainer.runtime.distributed import sum_over_ranks
 from trainer.runtime.engine import Engine
-from trainer.runtime.flags import COUNT, number
-from trainer.runtime.reference import open_reference
-from trainer.runtime.rl import held_out, open_prompts, parse_rl, report, rl_parser, settings, unequal
+from trainer.runtime.flags import number
+from trainer.runtime.rl import Task, parse_rl, report, rl_parser, unequal
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
 from trainer.runtime.steps import MicroBatch
-from trainer.runtime.watch import Watch
 
 
 def token_rewards(scores: Tensor, old: Tensor, ref: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -110,10 +97,10 @@ def token_values(critic: Engine, batch: MicroBatch) -> tuple[Tensor, ScoringOutp
     return F.pad(output.scores, (1, -1)), output
 
 
-def make_critic(args: argparse.Namespace, policy: nn.Module, start: nn.Module, run: Run) -> MiniMindForScoring:
-    """The critic before it has learned anything: layers of the policy's start or of --critic_weight, its head zero."""
+def make_critic(args: argparse.Namespace, policy: nn.Module, run: Run) -> MiniMindForScoring:
+    """The critic before it has learned anything: layers of the policy as it is or of --critic_weight, its head zero."""
     if args.critic_weight == "policy":
-        critic = MiniMindForScoring.from_language_model(copy.deepcopy(start))
+        critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     else:
         path = find_weights(args.out_dir, args.critic_weight)
         critic, _ = load_model(path, device=run.device, kind=MiniMindForScoring)
@@ -137,11 +124,9 @@ def explained(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = rl_parser(__doc__, generations=4)
+    parser = rl_parser(__doc__, generations=4, inner_epochs=2)
     group = parser.add_argument_group("policy optimisation")
-    group.add_argument(
-        "--critic_weight", default="policy", help="layers of the critic: policy, or a stage or file such as reward"
-    )
+    group.add_argument("--critic_weight", default="policy", help="layers of the critic: policy, or a stage or a file")
     group.add_argument("--critic_learning_rate", type=number(float, 0), help="peak (default: three times the policy's)")
     group.add_argument("--gamma", type=number(float, 0, 1), default=1.0, help="discount of a token (default: 1)")
     group.add_argument("--lam", type=number(float, 0, 1), default=0.95, help="lambda of the advantages (default: 0.95)")
@@ -149,11 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eps_value", type=number(float, 0), default=0.2, help="clip of the value (default: 0.2)")
     group.add_argument("--beta", type=number(float, 0), default=0.05, help="weight of the KL reward (default: 0.05)")
     group.add_argument("--cut_penalty", type=number(float, 0), default=1.0, help="of a reply cut short (default: 1)")
-    group.add_argument("--inner_epochs", type=COUNT, default=2, help="passes over a rollout (default: 2)")
-    group.add_argument("--minibatches", type=COUNT, default=2, help="updates of a pass (default: 2)")
-    group.add_argument(
-        "--target_kl", type=number(float, 0), default=0.05, help="KL to pi_old that ends the updates (default: 0.05)"
-    )
+    group.add_argument("--target_kl", type=number(float, 0), default=0.05, help="ends the updates (default: 0.05)")
     return parse_rl(parser, argv)
 
 
@@ -161,45 +142,34 @@ def main(args: argparse.Namespace) -> None:
     # 1. Where and in which precision to compute
     run = Run(args, "ppo_actor")
 
-    # 2. Tokenizer, the policy, the reference (the policy as it began, frozen), the critic
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    policy = build_model(args, tokenizer, run)
-    reference = copy.deepcopy(open_reference(args, policy, run)).eval().requires_grad_(False)
-    critic_model = make_critic(args, policy, reference, run)
+    # 2. The policy and the critic
+    policy = build_model(run)
+    critic_model = make_critic(args, policy, run)
 
-    # 3. Data: prompts, what they are rewarded for, and the engine that answers them
-    prompts, val_set, terms = open_prompts(args, run, tokenizer)
-    run.plan(policy, prompts)
-    names = ("gamma", "lam", "eps", "eps_value", "beta", "cut_penalty", "inner_epochs", "minibatches", "target_kl")
-    run.settings = settings(args, terms, reference, *names)
-    sampler, watch = make_sampler(policy, tokenizer, run), Watch(run)
+    # 3. Prompts, what replies are rewarded for, the engine that samples; the reference: the policy as it is now, frozen
+    task = Task(policy, run, critic_model)
 
     # 4. The loop: a step samples replies, and learns from them in several updates
     actor = make_engine(policy, run)
     rate = 3 * run.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
     critic = make_engine(critic_model, run, rate)
-    totals = partial(held_out, sampler=sampler, actor=actor, prompts=val_set, terms=terms, args=args)
-    engines = {"actor": actor, "critic": critic}
-    with run.training(engines, prompts, val_set, totals, extra={"watch": watch}) as steps:
+    totals, engines = task.totals(actor), {"actor": actor, "critic": critic}
+    with run.training(engines, task.prompts, task.val_set, totals, extra={"watch": task.watch}) as steps:
         for step in steps:
             # a. The policy answers, its replies are rewarded
-            with actor.gathered():
-                sampler.refresh()
-                asked = prompts_of(step.batches)
-                replies = roll_out(sampler, asked, prompts, args, args.num_generations, draw=(step.number,))
-                rewards = score(terms, replies)
+            replies, rewards = task.answer(actor, prompts_of(step.batches), args.num_generations, draw=(step.number,))
             rewards["reward"] -= args.cut_penalty * torch.tensor([float(reply.cut) for reply in replies])
 
             # b. As a batch; what the reference and the critic say of every token; advantages and returns
-            rollout = as_batch(replies, prompts, run.device)
+            rollout = as_batch(replies, task.prompts, run.device)
             mask, old = rollout.inputs["labels"] != IGNORED, rollout.extra["old"]
-            ref = reference_logprobs(reference, rollout, run)
+            ref = task.reference_logprobs(rollout) if task.reference else old
             values = in_parts(lambda part: token_values(critic, part)[0], rollout, run)
             R = token_rewards(rewards["reward"].to(run.device), old, ref, mask, args.beta)
             advantages, returns = gae(R, values, mask, args.gamma, args.lam)
             rollout.extra.update(values=values, returns=returns, advantages=whiten(advantages, mask))
             differ = unequal(rewards["reward"], replies)
-            report(step, watch, replies, rewards, differ, differ)
+            report(step, task.watch, replies, rewards, differ, differ)
             step.note_samples(kl=(old - ref)[mask], value=values[mask], explained=explained(values, returns, mask))
 
             # c. Updates of both from shuffled parts of the rollout
@@ -209,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
                     extra = batch.extra
                     new, mask, output = token_logprobs(actor, batch, args)
                     if count == 1:
-                        watch.first_minibatch((new.detach() - extra["old"])[mask])
+                        task.watch.first_minibatch((new.detach() - extra["old"])[mask])
                     losses, logged = policy_loss(new, extra["old"], extra["advantages"], mask, args.eps)
                     V, judged = token_values(critic, batch)
                     value_losses = value_loss(V, extra["values"], extra["returns"], mask, args.eps_value)
@@ -222,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
                 if update.mean("kl_old") > args.target_kl:
                     break
             step.note_samples(updates=torch.tensor([float(count)]))
-            watch.replicas(policy)
+            task.finish(step)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 4 --weight {run.weights}")
 

@@ -15,27 +15,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import PretrainDataset
-from model.loading import load_tokenizer
+from trainer.runtime.evaluation import token_loss
 from trainer.runtime.flags import common_parser
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
-from trainer.runtime.steps import MicroBatch
-
-
-def next_token_loss(model: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """- sum_t log p(x_t | x_<t) in nats, over the targets; inputs: three of (B, T) -> scalar."""
-    return {"loss": model(**batch.inputs, return_logits=False).token_losses.sum()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="pretrain_hq.jsonl", from_weight="none", epochs=1, lr={"muon": 3e-3, "adamw": 1e-3}
-    )
+    parser = common_parser(__doc__, "pretrain_hq.jsonl", "none", 1, lr={"muon": 3e-3, "adamw": 1e-3})
     return parser.parse_args(argv)
 
 
@@ -44,16 +34,15 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, "pretrain")
 
     # 2. Tokenizer and model: new weights unless --from_weight names some
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = build_model(args, tokenizer, run)
+    model = build_model(run)
 
     # 3. Data: packed rows
-    train_set, val_set = open_data(PretrainDataset, "pretrain_hq.jsonl", "pretrain.jsonl", tokenizer, run)
+    train_set, val_set = open_data(PretrainDataset, "pretrain_hq.jsonl", "pretrain.jsonl", run)
     run.plan(model, train_set)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process
     engine = make_engine(model, run)
-    with run.training({"model": engine}, train_set, val_set, next_token_loss, tokenizer) as steps:
+    with run.training({"model": engine}, train_set, val_set, token_loss, run.tokenizer) as steps:
         for step in steps:
             for batch in step.micro_batches(engine):
                 output = engine(**batch.inputs, return_logits=False)

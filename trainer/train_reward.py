@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import DPODataset, sum_by_pair
 from model.heads import MiniMindForScoring
-from model.loading import load_tokenizer
 from model.outputs import ScoringOutput
 from trainer.runtime.flags import common_parser, number
+from trainer.runtime.meters import pair_meters
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, open_data, run_training
 from trainer.runtime.steps import MicroBatch
@@ -60,11 +60,8 @@ def preference_losses(scores: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor
     losses = bradley_terry_loss(chosen, rejected) * there
     centering = (chosen + rejected) ** 2
     margins = (chosen - rejected).detach()
-    right = (margins.sign() + 1) / 2  # a tie counts half
-    meters = {
-        "accuracy": (right * there).sum(), "margin": margins.sum(),
-        "chosen_score": chosen.detach().sum(), "rejected_score": rejected.detach().sum(),
-    }  # fmt: skip
+    meters = pair_meters(margins, there)
+    meters |= {"chosen_score": chosen.detach().sum(), "rejected_score": rejected.detach().sum()}
     return losses, centering, meters
 
 
@@ -81,14 +78,10 @@ def held_out(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(
-        __doc__, data="dpo.jsonl", from_weight="full_sft", epochs=4, lr={"muon": 1e-3, "adamw": 2e-4}
-    )
+    parser = common_parser(__doc__, "dpo.jsonl", "full_sft", 4, lr={"muon": 1e-3, "adamw": 2e-4})
     parser.set_defaults(max_seq_len=1024)  # two answers of 512
     group = parser.add_argument_group("preferences")
-    group.add_argument(
-        "--center", type=number(float, 0), default=0.01, help="weight that holds the mean score at 0 (default: 0.01)"
-    )
+    group.add_argument("--center", type=number(float, 0), default=0.01, help="holds the mean score at 0 (default: .01)")
     return parser.parse_args(argv)
 
 
@@ -98,11 +91,10 @@ def main(args: argparse.Namespace) -> None:
     run.settings = {"--center": args.center}
 
     # 2. Tokenizer; the chat model's layers under a new head
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = MiniMindForScoring.from_language_model(build_model(args, tokenizer, run, args.max_seq_len // 2))
+    model = MiniMindForScoring.from_language_model(build_model(run, args.max_seq_len // 2))
 
     # 3. Data: packed rows of pairs, labels on the two answers
-    train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", tokenizer, run)
+    train_set, val_set = open_data(DPODataset, "dpo.jsonl", "dpo.jsonl", run)
     run.plan(model, train_set)
 
     # 4. The loop: each step takes accumulation_steps micro-batches of (B, T) tokens on every process

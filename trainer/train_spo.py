@@ -27,9 +27,7 @@ Shapes: N replies of this rank, one a prompt; B of a micro-batch, T tokens of th
 """
 
 import argparse
-import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +37,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import BLANK, IGNORED, RLAIFDataset
-from model.loading import load_tokenizer
-from trainer.rewards import Reply, Term, score
-from trainer.rollout import as_batch, in_parts, make_sampler, prompts_of, reference_logprobs, roll_out, token_logprobs
+from trainer.rewards import Reply, Term
+from trainer.rollout import as_batch, logprobs_of, prompts_of, token_logprobs
 from trainer.runtime.distributed import gather, rank, sum_over_ranks, world_size
-from trainer.runtime.flags import COUNT, number
-from trainer.runtime.reference import open_reference
-from trainer.runtime.rl import held_out, open_prompts, parse_rl, report, rl_parser, settings, unequal
+from trainer.runtime.flags import number
+from trainer.runtime.rl import Task, parse_rl, report, rl_parser, unequal
 from trainer.runtime.run import Run
 from trainer.runtime.start import build_model, make_engine, run_training
-from trainer.runtime.watch import Watch
 
 LEAST_KEPT, MOST_KEPT, HALF_LIFE = 0.875, 0.96, 0.06
 EXPLORE = 0.05  # weight of a prompt whose outcome is sure
@@ -150,23 +145,21 @@ def spo_loss(
 def distances(replies: list[Reply], actor, prompts: RLAIFDataset, run: Run) -> Tensor:
     """D of each earlier reply, (N,): how far the policy has moved on it since it was sampled."""
     then = as_batch(replies, prompts, run.device)
-    now = in_parts(lambda part: token_logprobs(actor, part, run.args)[0], then, run)
+    now = logprobs_of(actor, then, run)
     mask = then.inputs["labels"] != IGNORED
     return ((now - then.extra["old"]).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def sample_first(trackers: Trackers, sampler, actor, terms: list[Term], args: argparse.Namespace) -> None:
-    """--spo_first_samples replies to every prompt, shared among the ranks, from which the trackers start."""
-    prompts, n = trackers.prompts, args.spo_first_samples
-    mine = range(rank(), len(prompts), world_size())
-    with actor.gathered():
-        replies = roll_out(sampler, [(0, prompt) for prompt in mine], prompts, args, n, draw=(0,))
-    rewards = unit_rewards(score(terms, replies)["reward"], terms).view(-1, n).sum(1).tolist()
-    successes = np.zeros(len(prompts))
-    for of_rank in gather(list(zip(mine, rewards, strict=True))):
+def sample_first(trackers: Trackers, task: Task, actor, samples: int) -> None:
+    """So many replies to every prompt, shared among the ranks, from which the trackers start."""
+    mine = range(rank(), len(task.prompts), world_size())
+    _, rewards = task.answer(actor, [(0, prompt) for prompt in mine], samples, draw=(0,))
+    earned = unit_rewards(rewards["reward"], task.terms).view(-1, samples).sum(1).tolist()
+    successes = np.zeros(len(task.prompts))
+    for of_rank in gather(list(zip(mine, earned, strict=True))):
         for prompt, total in of_rank:
             successes[prompt] = total
-    trackers.start_from(successes, n)
+    trackers.start_from(successes, samples)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -179,17 +172,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eps_low", type=number(float, 0, 1), default=0.2, help="clip below 1 - eps (default: 0.2)")
     group.add_argument("--eps_high", type=number(float, 0), default=0.28, help="clip above 1 + eps (default: 0.28)")
     group.add_argument("--beta", type=number(float, 0), default=0.0, help="weight of a KL term, k3 (default: 0)")
-    group.add_argument(
-        "--whiten",
-        choices=["sequence", "token"],
-        default="sequence",
-        help="what advantages are whitened over (see above)",
-    )
-    group.add_argument(
-        "--spo_first_samples", type=number(int, 0), default=0, help="replies to every prompt at the start (default: 0)"
-    )
-    group.add_argument("--inner_epochs", type=COUNT, default=1, help="passes over a rollout (default: 1)")
-    group.add_argument("--minibatches", type=COUNT, default=2, help="updates of a pass (default: 2)")
+    group.add_argument("--whiten", choices=["sequence", "token"], default="sequence", help="advantages, over what")
+    group.add_argument("--spo_first_samples", type=number(int, 0), default=0, help="replies at the start (default: 0)")
     return parse_rl(parser, argv)
 
 
@@ -197,43 +181,35 @@ def main(args: argparse.Namespace) -> None:
     # 1. Where and in which precision to compute
     run = Run(args, "spo")
 
-    # 2. Tokenizer, the policy, and (with --beta) the policy as it began
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    policy = build_model(args, tokenizer, run)
-    reference = copy.deepcopy(open_reference(args, policy, run)).eval().requires_grad_(False) if args.beta else None
+    # 2. The policy
+    policy = build_model(run)
 
-    # 3. Data: prompts with their trackers, what they are rewarded for, and the engine that answers them
-    prompts, val_set, terms = open_prompts(args, run, tokenizer)
-    run.plan(policy, prompts)
-    names = ("eps_low", "eps_high", "beta", "whiten", "spo_first_samples", "inner_epochs", "minibatches")
-    run.settings = settings(args, terms, reference, *names)
-    sampler, watch, trackers = make_sampler(policy, tokenizer, run), Watch(run), Trackers(prompts, run)
+    # 3. Prompts with their trackers, what replies are rewarded for, the engine that samples; with --beta the reference
+    task = Task(policy, run)
+    trackers = Trackers(task.prompts, run)
 
     # 4. The loop: a step samples a reply to each of its prompts, and learns from them in several updates
     actor = make_engine(policy, run)
     if args.spo_first_samples and not run.checkpoint:
-        sample_first(trackers, sampler, actor, terms, args)
-    totals = partial(held_out, sampler=sampler, actor=actor, prompts=val_set, terms=terms, args=args)
-    extra = {"trackers": trackers, "watch": watch}
-    with run.training({"actor": actor}, prompts, val_set, totals, extra=extra, draw=trackers.draw) as steps:
+        sample_first(trackers, task, actor, args.spo_first_samples)
+    totals, extra = task.totals(actor), {"trackers": trackers, "watch": task.watch}
+    data = task.prompts, task.val_set
+    with run.training({"actor": actor}, *data, totals, extra=extra, draw=trackers.draw) as steps:
         for step in steps:
             # a. The policy answers; each reply is compared with what its prompt has got so far
-            with actor.gathered():
-                sampler.refresh()
-                replies = roll_out(sampler, prompts_of(step.batches), prompts, args, draw=(step.number,))
-                rewards = score(terms, replies)
-            earned = unit_rewards(rewards["reward"], terms)
+            replies, rewards = task.answer(actor, prompts_of(step.batches), draw=(step.number,))
+            earned = unit_rewards(rewards["reward"], task.terms)
             v = torch.tensor([trackers.values()[reply.number] for reply in replies], dtype=torch.float32)
             lengths = torch.tensor([float(len(reply.ids)) for reply in replies])  # 0 of those that only fill up
             advantages = whiten(earned - v, lengths if args.whiten == "token" else (lengths > 0).float())
-            report(step, watch, replies, rewards, advantages, unequal(earned, replies))
+            report(step, task.watch, replies, rewards, advantages, unequal(earned, replies))
             step.note_samples(tracked=v[lengths > 0], unit_reward=earned[lengths > 0])
 
             # b. As a batch, with the log-probabilities that the tokens were drawn with, and those of the reference
-            rollout = as_batch(replies, prompts, run.device)
+            rollout = as_batch(replies, task.prompts, run.device)
             rollout.extra["advantages"] = advantages.to(run.device)
-            if reference is not None:
-                rollout.extra["reference"] = reference_logprobs(reference, rollout, run)
+            if task.reference:
+                rollout.extra["reference"] = task.reference_logprobs(rollout)
 
             # c. Updates from shuffled parts of the rollout
             updates = step.updates(rollout, lengths, args.inner_epochs, args.minibatches)
@@ -242,17 +218,17 @@ def main(args: argparse.Namespace) -> None:
                     new, mask, output = token_logprobs(actor, batch, args)
                     old, ref = batch.extra["old"], batch.extra.get("reference")
                     if count == 0:
-                        watch.first_minibatch((new.detach() - old)[mask])
+                        task.watch.first_minibatch((new.detach() - old)[mask])
                     losses, logged = spo_loss(new, old, ref, batch.extra["advantages"], mask, args)
                     update.note(batch, output, losses, **{name: (x * mask).sum() for name, x in logged.items()})
                     actor.backward(losses.sum() / update.targets + update.balance(output, batch))
                 actor.update(args.grad_clip)
 
             # d. The trackers take in what was earned, and forget the more the further the policy has moved
-            moved = distances(trackers.last_replies(replies), actor, prompts, run)
+            moved = distances(trackers.last_replies(replies), actor, task.prompts, run)
             step.note_samples(moved=moved[(lengths > 0).to(run.device)])
             trackers.add(replies, earned.tolist(), moved.tolist())
-            watch.replicas(policy)
+            task.finish(step)
 
     print(f"wrote {run.weights}; try: python eval_model.py --model_mode 6 --weight {run.weights}")
 

@@ -10,7 +10,12 @@ from torch import nn
 
 from dataset.lm_dataset import token_byte_counts
 from trainer.runtime.distributed import sum_over_ranks, world_size
-from trainer.runtime.steps import micro_batches, split_rows
+from trainer.runtime.steps import MicroBatch, micro_batches, split_rows
+
+
+def token_loss(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Of a language model: - sum_t log p(x_t | x_<t) over the targets of a micro-batch, in nats."""
+    return {"loss": model(**batch.inputs, return_logits=False).token_losses.sum()}
 
 
 @torch.no_grad()

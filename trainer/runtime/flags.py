@@ -43,9 +43,7 @@ SWITCH = {"type": boolean, "nargs": "?", "const": True}
 COUNT = number(int, 1)
 
 
-def common_parser(
-    doc: str, *, data: str, from_weight: str, epochs: int, lr: dict[str, float]
-) -> argparse.ArgumentParser:
+def common_parser(doc: str, data: str, from_weight: str, epochs: int, lr: dict[str, float]) -> argparse.ArgumentParser:
     """The flags that every training script has; `lr` is the default peak learning rate by optimizer."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

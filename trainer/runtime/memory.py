@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, dataloader
 
+from model.decoder import power_of_two
 from model.errors import InputError
 from model.loss import LOSS_CHUNK
 from trainer.runtime.distributed import local_world_size
@@ -42,15 +43,27 @@ def saved_bytes(model: nn.Module, run, tokens: int) -> int:
     return total
 
 
-def estimate_memory(model: nn.Module, run, whole_logits: int = 0) -> tuple[float, float]:
+def training_bytes(model: nn.Module, optimizer: str) -> int:
+    """Gradients and optimizer state, float32: Muon keeps one number a trained weight beside the gradient, AdamW two."""
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * parameters * (2 if optimizer == "muon" else 3)
+
+
+def sampling_bytes(model: nn.Module, replies: int, tokens: int, itemsize: int) -> int:
+    """What an engine that decodes so many replies of so many tokens holds: its own weights, keys and values."""
+    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
+    slots, capacity = power_of_two(replies), max(power_of_two(tokens), 128) + 1
+    cached = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return itemsize * (numbers + slots * capacity * cached)
+
+
+def estimate_memory(model: nn.Module, run, whole_logits: int = 0, beside: int = 0) -> tuple[float, float]:
     """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
 
-    Gradients and optimizer state are float32 like the weights, which are there already: Muon keeps one number a trained
-    weight beside the gradient, AdamW two. whole_logits: how many times as many numbers as all logits of the targets a
-    loss holds at once; most hold those of a chunk alone.
+    The weights are there already. whole_logits: how many times as many numbers as all logits of the targets a loss
+    holds at once; most hold those of a chunk alone. beside: bytes that the stage needs beside its model's training.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    fixed = 4 * parameters * (2 if run.args.optimizer == "muon" else 3)
+    fixed = training_bytes(model, run.args.optimizer) + beside
     fixed += 3 * 4 * LOSS_CHUNK * model.config.vocab_size  # logits, their gradient, a copy
     short, long = (saved_bytes(model, run, tokens) for tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
     per_token = (long - short) / PROBE_TOKENS
@@ -105,9 +118,9 @@ def container_memory(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path
     return left
 
 
-def check_memory(model: nn.Module, run, whole_logits: int = 0) -> None:
+def check_memory(model: nn.Module, run, whole_logits: int = 0, beside: int = 0) -> None:
     """Print the estimate; InputError, with the batch size that would do, where the free memory cannot hold it."""
-    fixed, per_row = estimate_memory(model, run, whole_logits)
+    fixed, per_row = estimate_memory(model, run, whole_logits, beside)
     needed, free = fixed + per_row * run.batch_size, free_memory(run.device)
     share = local_world_size() if run.device.type == "cpu" else 1  # processes of this machine share its memory
     known = "" if free is None else f" of {free / 2**30:.1f} GB free"

@@ -39,6 +39,12 @@ class Meters:
         return means
 
 
+def pair_meters(margins: Tensor, there: Tensor) -> dict[str, Tensor]:
+    """Of what pairs prefer their chosen answer by, (B, P), and which pairs are there: sums; a tie counts half."""
+    right = (margins.sign() + 1) / 2
+    return {"accuracy": (right * there).sum(), "margin": margins.sum()}
+
+
 def peak_expert_load(load: Tensor | None, device: torch.device) -> dict[str, float]:
     """Tokens of the busiest expert of any layer, over an even share: 1 (even) to E (all on one).
 

@@ -1,30 +1,39 @@
 """What the reinforcement-learning stages share beside the loop: flags, opening, held-out prompts, what is told."""
 
 import argparse
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import BLANK, RLAIFDataset
-from model.generation import Engine
 from trainer.rewards import Reply, Term, accuracies, add_reward_flags, open_rewards, repetition_term, score
-from trainer.rollout import roll_out
+from trainer.rollout import at_once, logprobs_of, make_sampler, roll_out
+from trainer.runtime.devices import synchronize
+from trainer.runtime.engine import Engine
 from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
-from trainer.runtime.reference import weights_hash
+from trainer.runtime.memory import sampling_bytes, training_bytes
+from trainer.runtime.reference import open_reference, weights_hash
 from trainer.runtime.run import Run
-from trainer.runtime.start import open_data
+from trainer.runtime.start import open_data, weights_file_hash
 from trainer.runtime.steps import MicroBatch, Step
 from trainer.runtime.watch import Watch
 
 START = "full_sft, or reason with --reasoning 1"
 
 
-def rl_parser(doc: str, generations: int, least: int = 1) -> argparse.ArgumentParser:
-    """The flags of all RL stages: the common ones, rewards, sampling. generations 1: no choice of how many replies."""
-    parser = common_parser(doc, data="rlaif-mini.jsonl", from_weight=START, epochs=1, lr={"adamw": 1e-4, "muon": 3e-4})
+def rl_parser(doc: str, generations: int, least: int = 1, inner_epochs: int = 1) -> argparse.ArgumentParser:
+    """The flags of all RL stages: the common ones, rewards, sampling, updates of a rollout; defaults of some.
+
+    generations 1: no choice of how many replies; least: what --num_generations must be.
+    """
+    parser = common_parser(doc, "rlaif-mini.jsonl", START, 1, lr={"adamw": 1e-4, "muon": 3e-4})
     add_reward_flags(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--max_new_tokens", type=COUNT, default=128, help="tokens of a reply at most (default: 128)")
@@ -44,6 +53,10 @@ def rl_parser(doc: str, generations: int, least: int = 1) -> argparse.ArgumentPa
         "--reasoning", **SWITCH, default=False,
         help="1: replies are <think> ... </think> <answer> ... </answer>, rewarded for that form too (default: 0)",
     )  # fmt: skip
+    group = parser.add_argument_group("updates")
+    told = f"passes over a rollout (default: {inner_epochs})"
+    group.add_argument("--inner_epochs", type=COUNT, default=inner_epochs, help=told)
+    group.add_argument("--minibatches", type=COUNT, default=2, help="updates of a pass (default: 2)")
     return parser
 
 
@@ -57,32 +70,92 @@ def parse_rl(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpars
     return args
 
 
-def open_prompts(
-    args: argparse.Namespace, run: Run, tokenizer: PreTrainedTokenizerBase
-) -> tuple[RLAIFDataset, RLAIFDataset | None, list[Term]]:
-    """Prompts to train on, held-out ones, and the terms that replies to them are rewarded with."""
-    kind = partial(RLAIFDataset, reply=args.max_new_tokens)
-    prompts, val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", tokenizer, run)
-    return prompts, val_set, open_rewards(args, run, prompts, tokenizer)
+class Task:
+    """What an RL stage sets its policy to: prompts, held-out ones, the terms of the reward, the engine that samples.
+
+    reference: the policy as the run began, frozen, where anything is weighed against it (--beta), else None.
+    """
+
+    def __init__(self, policy: nn.Module, run: Run, critic: nn.Module | None = None):
+        self.args = args = run.args
+        self.reference = None
+        if args.beta:
+            self.reference = copy.deepcopy(open_reference(args, policy, run)).eval().requires_grad_(False)
+        kind = partial(RLAIFDataset, reply=args.max_new_tokens)
+        self.prompts, self.val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", run)
+        self.terms = open_rewards(args, run, self.prompts, run.tokenizer)
+        replies = min(at_once(run), run.batch_size * args.accumulation_steps * args.num_generations)
+        itemsize = 4 if run.device.type == "cpu" else run.dtype.itemsize
+        beside = sampling_bytes(policy, replies, args.max_seq_len, itemsize)
+        beside += training_bytes(critic, args.optimizer) if critic else 0
+        run.plan(policy, self.prompts, beside=beside)
+        run.settings = settings(args, self.terms, self.reference)
+        self.policy, self.run = policy, run
+        self.sampler, self.watch = make_sampler(policy, run.tokenizer, run), Watch(run)
+        self.seconds: Counter[str] = Counter()  # of the step in hand
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the seconds of a part of the step."""
+        synchronize(self.run.device)
+        began = time.perf_counter()
+        self.seconds.setdefault("began", began)
+        yield
+        synchronize(self.run.device)
+        self.seconds[part] += time.perf_counter() - began
+
+    def answer(
+        self, actor: Engine, asked: list[tuple[int, int]], group: int = 1, draw: tuple[int, ...] | None = None
+    ) -> tuple[list[Reply], dict[str, Tensor]]:
+        """`group` replies of the policy as it is now to each prompt, and what they are rewarded with, {term: (N,)}."""
+        with actor.gathered():
+            with self.timed("sampling"):
+                self.sampler.refresh()
+                replies = roll_out(self.sampler, asked, self.prompts, self.args, group, draw)
+            with self.timed("reward"):
+                return replies, score(self.terms, replies)
+
+    def reference_logprobs(self, rollout: MicroBatch) -> Tensor:
+        """log pi of the replies under the reference, (N, T)."""
+        with self.timed("scoring"):
+            return logprobs_of(self.reference, rollout, self.run)
+
+    def finish(self, step: Step) -> None:
+        """The end of a step: what its parts took, for the log; whether the replicas are still alike."""
+        synchronize(self.run.device)
+        whole = time.perf_counter() - self.seconds.pop("began")
+        seconds = {f"{part}_s": torch.tensor([value]) for part, value in self.seconds.items()}
+        step.note_samples(**seconds, step_s=torch.tensor([whole]))
+        self.seconds.clear()
+        self.watch.replicas(self.policy)
+
+    def totals(self, actor: Engine) -> Callable[[nn.Module, MicroBatch], dict]:
+        """What is told of held-out prompts, see evaluate()."""
+        return partial(self.held_out, actor)
+
+    def held_out(self, actor: Engine, model: nn.Module, batch: MicroBatch) -> dict:
+        """The likeliest reply to each held-out prompt: reward, accuracies and length, summed."""
+        asked = [(0, number) for number in batch.extra["prompt"].tolist() if number >= 0]
+        with actor.gathered():
+            self.sampler.refresh()
+            replies = roll_out(self.sampler, asked, self.val_set, self.args, draw=None)
+        right = accuracies(replies, self.args.reasoning)
+        right = {name: (values.sum(), len(values)) for name, values in right.items()}
+        lengths = sum(len(reply.ids) for reply in replies)
+        return {"reward": score(self.terms, replies)["reward"].sum(), "reply_tokens": lengths, **right}
 
 
-def settings(args: argparse.Namespace, terms: list[Term], reference: nn.Module | None, *names: str) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it goes on with: these flags, and those of all RL stages."""
-    names += ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "reasoning", "num_generations")
-    found = {f"--{name}": getattr(args, name) for name in names}
+def settings(args: argparse.Namespace, terms: list[Term], reference: nn.Module | None) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on with: flags that RL alone has, and weights."""
+    common = vars(common_parser("", "", "", 1, lr={"adamw": 0.0}).parse_args([]))
+    own = {name: value for name, value in vars(args).items() if name not in common}
+    paths = ("rewards", "reward_model", "critic_weight", "trust_remote_code")  # the weights count, not where they are
+    found = {f"--{name}": value for name, value in own.items() if name not in paths}
     found["--rewards"] = ",".join(f"{term.name}={term.weight:g}" for term in terms)
+    for name, _, judge in terms:
+        if name == "reward_model":
+            found["reward model weights"] = weights_file_hash(judge.path)
     return found | ({"reference weights": weights_hash(reference)} if reference else {})
-
-
-def held_out(model, batch: MicroBatch, sampler: Engine, actor, prompts: RLAIFDataset, terms: list[Term], args) -> dict:
-    """The likeliest reply to each held-out prompt: reward, accuracies and length, summed."""
-    asked = [(0, number) for number in batch.extra["prompt"].tolist() if number >= 0]
-    with actor.gathered():
-        sampler.refresh()
-        replies = roll_out(sampler, asked, prompts, args, draw=None)
-    right = {name: (values.sum(), len(values)) for name, values in accuracies(replies, args.reasoning).items()}
-    lengths = sum(len(reply.ids) for reply in replies)
-    return {"reward": score(terms, replies)["reward"].sum(), "reply_tokens": lengths, **right}
 
 
 def unequal(rewards: Tensor, replies: list[Reply]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run, from its flags to its last save: processes, device, place in the data, log, files. Never an algorithm.
+"""A run, from its flags to its last save: processes, device, tokenizer, place in the data, log, files. No algorithm.
 
 run = Run(args, "pretrain")
 ...                                                             the script's model and data
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from model.errors import InputError
-from model.loading import save_weights
+from model.loading import load_tokenizer, save_weights
 from trainer.runtime.checkpoint import (
     agree,
     check_parts,
@@ -60,7 +60,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Run:
-    """A running script: its processes, device, precision, place in the data, log and files. No algorithm."""
+    """A running script: its processes, device, precision, tokenizer, place in the data, log and files."""
 
     def __init__(self, args: argparse.Namespace, stage: str, folder: str = ""):
         """stage names the files of the run; folder: where under --out_dir its weights go."""
@@ -91,6 +91,7 @@ class Run:
         if local_rank() == 0:
             make_writable(args.out_dir / "logs")
         self.logs = RunLog(args.out_dir / "logs", stage, self.device)
+        self.tokenizer = load_tokenizer(args.tokenizer_path)
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
@@ -118,10 +119,10 @@ class Run:
             checkpoints = checkpoint_path(self.args.out_dir, self.weights).parent
             remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, self.name)
 
-    def plan(self, model: nn.Module, train_set, whole_logits: int = 0) -> None:
+    def plan(self, model: nn.Module, train_set, whole_logits: int = 0, beside: int = 0) -> None:
         """Count the steps, print the arithmetic of the run, and end it here if it cannot fit into memory.
 
-        whole_logits: see memory.py.
+        whole_logits, beside: see memory.py.
         """
         args, parameters = self.args, sum(p.numel() for p in model.parameters())
         self.batch_size = min(self.batch_size, math.ceil(len(train_set) / world_size()))  # no step has more rows
@@ -141,7 +142,7 @@ class Run:
         )
         if args.deepspeed is None:
             with told_memory(self):
-                check_memory(model, self, whole_logits)
+                check_memory(model, self, whole_logits, beside)
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -74,12 +74,13 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
     return {key: value for key, value in flags.items() if value is not None}
 
 
-def build_model(args: argparse.Namespace, tokenizer, run: Run, longest: int | None = None) -> MiniMindForCausalLM:
+def build_model(run: Run, longest: int | None = None) -> MiniMindForCausalLM:
     """The run's model on its device, float32: that of --from_resume, the weights of --from_weight, or a new one.
 
     longest: tokens of the longest document that it will see (default: --max_seq_len).
     """
-    longest, path, recorded = longest or args.max_seq_len, None, None
+    args, tokenizer, path, recorded = run.args, run.tokenizer, None, None
+    longest = longest or args.max_seq_len
     sizes = given_sizes(args)
     found = find_checkpoint(args.out_dir, run.stage, args.preset, sizes, any_size=args.from_weight != "none")
     resumed = found if found and (args.from_resume or is_of_launch(found, run.launchers)) else None
@@ -172,13 +173,12 @@ def resolve_data(args: argparse.Namespace, default_name: str, demo_name: str) ->
 
 
 def open_data(
-    kind: Callable[..., PackedDataset], default_name: str, demo_name: str, tokenizer: PreTrainedTokenizerBase, run: Run
+    kind: Callable[..., PackedDataset], default_name: str, demo_name: str, run: Run
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and held-out rows of resolve_data's files, tokenised by one process of each machine."""
     args = run.args
     paths = resolve_data(args, default_name, demo_name)
+    how = run.tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed
     with local_main_first():
-        train_set, val_set = (
-            path and kind(path, tokenizer, args.max_seq_len, run.cache_dir, args.packing, args.seed) for path in paths
-        )
+        train_set, val_set = (path and kind(path, *how) for path in paths)
     return train_set, val_set
