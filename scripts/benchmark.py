@@ -1,7 +1,8 @@
-"""What training and replies cost on this machine.
+"""What training, replies and reinforcement learning cost on this machine.
 
 python scripts/benchmark.py train       scripts/benchmark_train.py says what is measured
 python scripts/benchmark.py generate    scripts/benchmark_generate.py likewise
+python scripts/benchmark.py rl          scripts/benchmark_rl.py likewise
 """
 
 import argparse
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.errors import run_script
 from scripts.benchmark_generate import __doc__ as generate_doc
 from scripts.benchmark_generate import add_generate_flags, benchmark_generate
+from scripts.benchmark_rl import __doc__ as rl_doc
+from scripts.benchmark_rl import add_rl_flags, benchmark_rl
 from scripts.benchmark_train import __doc__ as train_doc
 from scripts.benchmark_train import add_train_flags, benchmark_train
 
@@ -30,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
         description=generate_doc, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_generate_flags(generate)
+    rl = commands.add_parser(
+        "rl", help="steps of reinforcement learning, and their rollouts beside transformers' generate",
+        description=rl_doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_rl_flags(rl)
     return parser
 
 
@@ -46,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    (benchmark_train if args.command == "train" else benchmark_generate)(args)
+    {"train": benchmark_train, "generate": benchmark_generate, "rl": benchmark_rl}[args.command](args)
 
 
 if __name__ == "__main__":

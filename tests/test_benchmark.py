@@ -1,9 +1,11 @@
 """The benchmark: what it counts, that its plain loop learns the same, and that memory does not grow with V times N."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
+from commands import write_rows
 
 from model.errors import InputError, UsageError
 from model.errors import run_script as run_script_here
@@ -11,7 +13,7 @@ from model.generation import Engine
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
-from scripts import benchmark, benchmark_generate, benchmark_train
+from scripts import benchmark, benchmark_generate, benchmark_rl, benchmark_train
 from scripts.benchmark import parse_args
 from scripts.benchmark_train import Product, Step, Trainer, model_products
 
@@ -250,6 +252,45 @@ def test_limits_count_what_a_step_reads_and_multiplies():
     slow_products = benchmark_generate.least_step_seconds(model, 10, 7, 2, 4, (1e30, 1.0))
     assert slow_memory == 2 * parameters + 4 * cached
     assert slow_products == 10 * 2 * (parameters + 2 * 2 * 64 * 7)
+
+
+def test_rl_tells_the_parts_of_a_step_and_the_rollouts(tiny_weights, tmp_path, capsys):
+    rows = [
+        {"conversations": [{"role": "user", "content": "Add. " * (1 + i % 3) + str(i)}], "answer": str(i)}
+        for i in range(9)
+    ]
+    data = write_rows(tmp_path / "prompts.jsonl", rows)
+    flags = ["--weight", str(tiny_weights), "--data_path", str(data), "--prompts=5", "--max_new_tokens=6", "--steps=3"]
+    flags += ["--flags", "--batch_size 2 --accumulation_steps 1 --num_generations 2", "--rounds=2", "--device=cpu"]
+    benchmark.main(parse_args(["rl", *flags, "--json", str(tmp_path / "rl.json")]))
+    report, out = json.loads((tmp_path / "rl.json").read_text()), capsys.readouterr().out
+    steps = report["steps"]
+    assert list(steps) == ["sampling", "reward", "scoring", "updates", "whole"]
+    parts = [steps[part]["share"] for part in ("sampling", "reward", "scoring", "updates")]
+    assert sum(parts) == pytest.approx(1) and steps["whole"]["share"] == 1 and steps["sampling"]["seconds"] > 0
+    whole = steps["whole"]["seconds"] * steps["whole"]["tokens_per_s"]
+    assert 4 <= round(whole) <= 24  # tokens of four replies
+    assert set(report["rollouts"]) == {"engine", *(f"generate {name}" for name in ("float32", "bfloat16", "float16"))}
+    for each in report["rollouts"].values():
+        middle, low, high = each["over_generate"]
+        assert 0 < low <= middle <= high and each["tokens_per_s"] > 0
+    assert "sampling" in out and "over the fastest generate" in out
+
+
+def test_rollouts_count_replies_up_to_their_end():
+    """A model that always says its end token: one token a reply, whatever generate adds behind it."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=1, eos_token_id=3)).eval()
+    args, forward = parse_args(["rl", "--max_new_tokens=7"]), type(model).forward
+
+    def certain(self, *given, **keys):
+        output = forward(self, *given, **keys)
+        output.logits = torch.full_like(output.logits, -50.0)
+        output.logits[..., 3] = 50.0
+        return output
+
+    with mock.patch.object(type(model), "forward", certain):
+        assert benchmark_rl.sample_by_generate(model, [[5, 6], [7]], args, 0) == 2
+    assert 2 <= benchmark_rl.sample_by_engine(Engine(model), [[5, 6], [7]], args, 0) <= 14
 
 
 def test_generate_refuses_what_it_cannot_measure(tmp_path):
