@@ -4,6 +4,8 @@
     python scripts/inspect_data.py my_texts.jsonl --max_seq_len 256 --packed
     python scripts/inspect_data.py my_pairs.jsonl --max_seq_len 1024
 
+    python scripts/inspect_data.py my_prompts.jsonl --format rlaif
+
 It tells, as training does, how many rows --max_seq_len cuts, how many tokens they lose, and which keys nobody reads.
 Tokens are coloured by what training does with them: green is learned (a target), grey is read but not learned, red is
 cut off because it lies beyond --max_seq_len. With --packed whole rows are shown as the model gets them, a rule between
@@ -25,12 +27,13 @@ from dataset.lm_dataset import (
     DPODataset,
     Encoded,
     PretrainDataset,
+    RLAIFDataset,
     SFTDataset,
     encode_texts,
     fit_answer,
     fit_conversation,
 )
-from dataset.rows import parse_line, read_lines, row_conversation, row_pair, row_text  # fmt: skip
+from dataset.rows import parse_line, read_lines, row_answer, row_conversation, row_pair, row_prompt, row_text
 from model.errors import InputError, run_script
 from model.loading import load_tokenizer
 from trainer.runtime.flags import ROOT, boolean, number
@@ -38,8 +41,15 @@ from trainer.runtime.flags import ROOT, boolean, number
 GREEN, GREY, RED, PLAIN = "\x1b[30;42m", "\x1b[90m", "\x1b[37;41m", "\x1b[0m"
 MARKS = {GREEN: "+", GREY: " ", RED: "x"}  # where there are no colours
 SHOWN_ERRORS = 20
-DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}
-CHECKS = {"pretrain": row_text, "sft": row_conversation, "dpo": row_pair}
+DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset, "rlaif": RLAIFDataset}
+
+
+def row_question(row: dict, where: str) -> tuple[list[dict], str | None]:
+    """The turns of a prompt and its answer, if it has one that can be verified."""
+    return row_prompt(row, where), row_answer(row, where)
+
+
+CHECKS = {"pretrain": row_text, "sft": row_conversation, "dpo": row_pair, "rlaif": row_question}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +57,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     switch = {"type": boolean, "nargs": "?", "const": True}
     parser.add_argument("file", type=Path, help="JSON lines to look at")
     parser.add_argument(
-        "--format", choices=["auto", *DATASETS], default="auto", help="default: by the first row's keys"
+        "--format", choices=["auto", *DATASETS], default="auto",
+        help="default: by the first row's keys and the file's name (rlaif: prompts to sample replies to)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_new_tokens", type=number(int, 1), default=128, help="of a reply to a prompt (default: 128)"
     )
     parser.add_argument("--max_seq_len", type=number(int, 8), default=512, help="tokens in a row (default: 512)")
     parser.add_argument("--rows", type=number(int, 0), default=3, help="rows to show (default: 3)")
@@ -68,6 +82,9 @@ def main(args: argparse.Namespace) -> None:
     if errors:
         raise InputError(f"{len(errors)} bad rows in {args.file}; training would stop at the first")
 
+    if data_format == "rlaif":
+        show_prompts(args, tokenizer)
+        return
     dataset = DATASETS[data_format](args.file, tokenizer, args.max_seq_len, args.out_dir / "cache")
     lengths = np.diff(dataset.cache.bounds)
     quarter, half, most, longest = np.percentile(lengths, [25, 50, 95, 100]).astype(int)
@@ -90,6 +107,25 @@ def main(args: argparse.Namespace) -> None:
             show_tokens(tokenizer, tokens, args.color)
 
 
+def show_prompts(args: argparse.Namespace, tokenizer) -> None:
+    """Figures of prompts, and the first ones as a policy gets them, with the answer that replies are verified by."""
+    prompts = RLAIFDataset(args.file, tokenizer, args.max_seq_len, reply=args.max_new_tokens)
+    lengths = np.array([len(ids) for ids in prompts.ids])
+    spread = " / ".join(str(int(length)) for length in np.percentile(lengths, [25, 50, 95, 100]))
+    unknown = [str(line) for line, answer in zip(prompts.lines, prompts.answers, strict=True) if answer is None]
+    print(
+        f"{prompts.summary()}; {lengths.mean():.0f} tokens on average, {spread} at 25% / 50% / 95% / 100%; "
+        f"{args.max_seq_len - args.max_new_tokens} fit beside a reply of {args.max_new_tokens}"
+    )
+    if unknown:
+        more = " ..." if len(unknown) > SHOWN_ERRORS else ""
+        print(f"without an answer: line {', '.join(unknown[:SHOWN_ERRORS])}{more}")
+    print("\ngrey: read, not learned; a reply is sampled behind it\n")
+    for line, ids, answer in list(zip(prompts.lines, prompts.ids, prompts.answers, strict=True))[: args.rows]:
+        print(f"{args.file}:{line}, answer: {'none' if answer is None else escape_controls(answer)}")
+        show_tokens(tokenizer, [(token, GREY) for token in ids], args.color)
+
+
 def check_rows(path: Path, data_format: str) -> tuple[str, int, int, list[str]]:
     """Read a whole file: its format, how many rows, how many repeat an earlier one, and what is wrong with which."""
     errors, seen, n_rows = [], set(), 0
@@ -102,15 +138,21 @@ def check_rows(path: Path, data_format: str) -> tuple[str, int, int, list[str]]:
             n_rows += 1
             seen.add(hash(line.removeprefix(codecs.BOM_UTF8).strip()))
             if data_format == "auto":
-                data_format = (
-                    "sft" if "conversations" in row else "dpo" if {"chosen", "rejected"} & set(row) else "pretrain"
-                )
+                data_format = guess_format(path, row)
             CHECKS[data_format](row, where)
         except InputError as error:
             errors.append(str(error))
     if not n_rows and not errors:
         raise InputError(f"{path} is empty: it holds no row")
     return data_format, n_rows, n_rows - len(seen), errors
+
+
+def guess_format(path: Path, row: dict) -> str:
+    """The format of a file by its first row; prompts are known by the file's name, or by an answer that no turn has."""
+    if isinstance(row.get("conversations"), list):
+        roles = [turn.get("role") for turn in row["conversations"] if isinstance(turn, dict)]
+        return "rlaif" if path.stem.startswith("rlaif") or ("answer" in row and "assistant" not in roles) else "sft"
+    return "dpo" if {"chosen", "rejected"} & set(row) else "pretrain"
 
 
 def single_rows(path: Path, tokenizer, data_format: str, max_seq_len: int, n_rows: int):

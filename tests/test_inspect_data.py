@@ -115,6 +115,25 @@ BAD_ROWS = {
 }
 
 
+def test_prompts_are_shown_as_the_policy_gets_them(tmp_path, capsys):
+    asked = [[{"role": "user", "content": text}] for text in ("1+1?", "Say hello. " * 9, "Who?")]
+    rows = [{"conversations": asked[0] + [{"role": "assistant", "content": "unread"}], "answer": 2}]
+    rows += [{"conversations": asked[1], "answer": "hello"}, {"conversations": asked[2]}]
+    path = write_rows(tmp_path / "rlaif.jsonl", rows)
+    code, out, _ = inspect(path, capsys, "--max_seq_len=60", "--max_new_tokens=20", "--rows=1")
+    assert code == 0 and "3 rows in the rlaif format" in out and "2 prompts, 1 with an answer to verify" in out
+    assert "left out 1 prompts of more than 40 tokens" in out and "without an answer: line 3" in out
+    shown = out[out.index(f"{path}:1, answer: 2") :]
+    assert "unread" not in out and "[+]" not in shown and shown.rstrip().endswith("<|im_start|>assistant⏎")
+    other = write_rows(tmp_path / "sums.jsonl", rows[1:])
+    assert "2 rows in the rlaif format" in inspect(other, capsys)[1]
+    bad = write_rows(tmp_path / "asked.jsonl", [{"conversations": asked[2]}, rows[0]])
+    assert inspect(bad, capsys)[0] == 1  # a conversation without an answer stays a bad row
+    bad = write_rows(tmp_path / "rlaif_bad.jsonl", [*rows, {"conversations": asked[0], "answer": ["2"]}])
+    code, out, _ = inspect(bad, capsys)
+    assert code == 1 and f'{bad}:4: the "answer" must be a text or a number, not list' in out
+
+
 def test_every_bad_row_is_listed(tmp_path, capsys):
     good = json.dumps(chat("Hi?", "Hello."))
     path = tmp_path / "chats.jsonl"
