@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from matplotlib.figure import Figure
+
 from dataset.demo_data import ensure_demo_data
 from dataset.demo_unknown import ANSWER as HONEST
 from dataset.rows import read_jsonl
@@ -30,8 +32,10 @@ from model.loading import find_weights, load_model, load_tokenizer
 from model.model_lora import find_lora, merge_lora
 from trainer.runtime.devices import pick_device
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
+from trainer.runtime.run_log import read_records
 
 CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
+RATES = {"cpu": (0.004, 0.0027), "gpu": (0.002, 0.0015)}  # of pretraining and fine-tuning, at 4.5M and 26M parameters
 STUDENT = {"hidden_size": 128, "num_hidden_layers": 3}  # of the distillation
 SHOWN = 6  # sample answers of each measure in the report
 MEASURES = {
@@ -50,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="what to train, in this order (default: pretrain sft)",
     )  # fmt: skip
     add("--pretrain_epochs", type=COUNT, default=1, help="passes over the embedded texts (default: 1)")
-    add("--sft_epochs", type=COUNT, default=3, help="passes over the embedded conversations (default: 3)")
+    add("--sft_epochs", type=COUNT, default=1, help="passes over the embedded conversations (default: 1)")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights and data order (default: 42)")
     add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
@@ -75,6 +79,7 @@ class Job:
         self.args, self.out_dir, self.demo = args, args.out_dir, ensure_demo_data()
         self.device = pick_device(args.device)
         self.sizes = CPU_SIZE if self.device.type == "cpu" else {}  # suits the machine
+        self.rates = RATES["cpu" if self.sizes else "gpu"]
         self.tokenizer = load_tokenizer()
 
     def train(
@@ -112,20 +117,24 @@ class Job:
 
     def last(self, stage: str, key: str) -> float:
         """A figure of the last line of a stage's log."""
-        log = self.out_dir / "logs" / f"{find_weights(self.out_dir, stage, **self.sizes).stem}.jsonl"
-        return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])[key]
+        return json.loads(self.log(stage).read_text(encoding="utf-8").splitlines()[-1])[key]
+
+    def log(self, stage: str) -> Path:
+        return self.out_dir / "logs" / f"{find_weights(self.out_dir, stage, **self.sizes).stem}.jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
 
 
 def pretrain(job: Job) -> list[Gain]:
-    job.train("train_pretrain.py", "pretrain.jsonl", f"--epochs={job.args.pretrain_epochs}", "--learning_rate=0.006")
+    rate = f"--learning_rate={job.rates[0]}"
+    job.train("train_pretrain.py", "pretrain.jsonl", f"--epochs={job.args.pretrain_epochs}", rate)
     return []
 
 
 def sft(job: Job) -> list[Gain]:
-    job.train("train_full_sft.py", "sft.jsonl", f"--epochs={job.args.sft_epochs}", "--learning_rate=0.004")
+    flags = [f"--epochs={job.args.sft_epochs}", f"--learning_rate={job.rates[1]}"]
+    job.train("train_full_sft.py", "sft.jsonl", *flags, "--max_seq_len=512", "--batch_size=4")
     return []
 
 
@@ -181,25 +190,65 @@ def distillation(job: Job) -> list[Gain]:
 
 def reason(job: Job) -> list[Gain]:
     """Worked arithmetic: a thought, then the answer."""
-    rows = job.rows("reason_val.jsonl")
-
-    def figures(model) -> tuple[float, float]:
-        texts = answer_all(model, job.tokenizer, rows, max_new_tokens=96)
-        answers = [reasoned_answer(text) for text in texts]
-        right = [is_right(a or text, row["answer"]) for a, text, row in zip(answers, texts, rows, strict=True)]
-        return sum(a is not None for a in answers) / len(rows), sum(right) / len(rows)
-
     start = "rlhf" if find_weights(job.out_dir, "rlhf", **job.sizes).exists() else "full_sft"
-    form_before, right_before = figures(job.model(start))
+    form_before, _, right_before = reasoned(job, job.model(start), "reason_val.jsonl")
     job.train("train_distill_reason.py", "reason.jsonl", "--epochs=3", "--learning_rate=0.004")
-    form, right = figures(job.model("reason"))
+    form, _, right = reasoned(job, job.model("reason"), "reason_val.jsonl")
     return [Gain("answers as a thought and an answer", form_before, form), Gain("arithmetic", right_before, right)]
+
+
+def reasoned(job: Job, model, name: str) -> tuple[float, float, float]:
+    """Shares of the greedy replies that are a thought and an answer, that are so and right, that are right anyhow."""
+    rows = job.rows(name)
+    texts = answer_all(model, job.tokenizer, rows, max_new_tokens=96)
+    answers = [reasoned_answer(text) for text in texts]
+    strict = [a is not None and is_right(a, row["answer"]) for a, row in zip(answers, rows, strict=True)]
+    lenient = [is_right(a or text, row["answer"]) for a, text, row in zip(answers, texts, rows, strict=True)]
+    return sum(a is not None for a in answers) / len(rows), sum(strict) / len(rows), sum(lenient) / len(rows)
+
+
+RL = ["--reasoning=1", "--max_new_tokens=80", "--max_seq_len=160", "--optimizer=muon", "--eval_interval=20"]
+RL_FLAGS = {
+    "ppo_actor": [*RL, "--num_generations=4", "--batch_size=16", "--max_steps=60"],
+    "grpo": [*RL, "--num_generations=8", "--batch_size=16", "--max_steps=60"],
+    "spo": [*RL, "--batch_size=16", "--max_steps=60"],
+}
+
+
+def ppo(job: Job) -> list[Gain]:
+    return rewarded(job, "ppo_actor", "train_ppo.py")
+
+
+def grpo(job: Job) -> list[Gain]:
+    return rewarded(job, "grpo", "train_grpo.py")
+
+
+def spo(job: Job) -> list[Gain]:
+    return rewarded(job, "spo", "train_spo.py")
+
+
+def rewarded(job: Job, stage: str, script: str) -> list[Gain]:
+    """The reasoning policy, which answers new problems and learns from being told right or wrong."""
+    if not find_weights(job.out_dir, "reason", **job.sizes).exists():
+        reason(job)
+    start = job.model("reason")
+    _, strict_before, lenient_before = reasoned(job, start, "rlaif_val.jsonl")
+    general_before = job.share_right(start, "sft_val.jsonl")
+    job.train(script, "rlaif.jsonl", *RL_FLAGS[stage])
+    model = job.model(stage)
+    _, strict, lenient = reasoned(job, model, "rlaif_val.jsonl")
+    return [
+        Gain("new problems, right and in form", strict_before, strict),
+        Gain("new problems, right anyhow", lenient_before, lenient),
+        Gain("general score", general_before, job.share_right(model, "sft_val.jsonl")),
+    ]
 
 
 STAGES = {
     "pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "reward": reward, "distillation": distillation,
-    "reason": reason,
+    "reason": reason, "ppo": ppo, "grpo": grpo, "spo": spo,
 }  # fmt: skip
+RL_STAGES = {"ppo": "ppo_actor", "grpo": "grpo", "spo": "spo"}
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -233,10 +282,13 @@ def main(args: argparse.Namespace) -> None:
         json.dumps(report | {"samples": samples}, ensure_ascii=False, indent=1), encoding="utf-8"
     )
     (args.out_dir / "quickstart.md").write_text(text, encoding="utf-8")
+    if drawn := [stage for stage in args.stages if stage in RL_STAGES]:
+        logs = {stage: job.log(RL_STAGES[stage]) for stage in drawn}
+        print(f"\nthe curves of {', '.join(drawn)}: {plot_rewards(logs, args.out_dir / 'logs' / 'rewards.png')}")
     where = "" if args.out_dir.resolve() == ROOT / "out" else f" --out_dir {shlex.quote(str(args.out_dir))}"
     print(
         f"\n{text}\nNow talk to it:          python eval_model.py --model_mode 1{where}\n"
-        f"Train the later stages:  python scripts/quickstart.py --stages lora dpo reward distillation reason{where}\n"
+        f"Train the later stages:  python scripts/quickstart.py --stages {' '.join(list(STAGES)[2:])}{where}\n"
         "Look at its data:        python scripts/inspect_data.py dataset/demo/sft.jsonl\n"
         "Train the full size:     python trainer/train_pretrain.py && python trainer/train_full_sft.py"
     )
@@ -270,6 +322,25 @@ def train(script: str, flags: list[str]) -> None:
     print(f"\n$ python trainer/{script} {shlex.join(flags)}", flush=True)
     if code := subprocess.run(command).returncode:
         raise InputError(f"{script} ended with exit code {code}; its message stands above")
+
+
+def plot_rewards(logs: dict[str, Path], path: Path) -> Path:
+    """Reward, strict accuracy on held-out prompts, length and KL of several stages over their replies, as a PNG."""
+    figure = Figure(figsize=(11, 6.5))
+    panels = {
+        "reward": "reward of sampled replies", "val_accuracy": "held-out problems right and in form",
+        "reply_tokens": "tokens of a reply", "kl": "KL to the start",
+    }  # fmt: skip
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for stage, log in logs.items():
+            points = [(r["elapsed_s"] / 60, r[key]) for r in read_records(log) if r.get(key) is not None]
+            axes.plot(*zip(*points, strict=True), label=stage, linewidth=1.2) if points else None
+        axes.set(title=title, xlabel="minutes")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def format_report(report: dict, samples: list[dict]) -> str:

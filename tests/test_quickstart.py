@@ -52,6 +52,7 @@ def small_demo(demo):
         write_rows(demo / f"dpo{suffix}.jsonl", pairs)
         rows = [chat(f"{a}?", thought.format(b, b)) | {"answer": b} for a, b in facts]
         write_rows(demo / f"reason{suffix}.jsonl", rows)
+        write_rows(demo / f"rlaif{suffix}.jsonl", rows)
     return facts
 
 
@@ -70,6 +71,9 @@ def small_quickstart(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "ensure_demo_data", lambda: demo)
     monkeypatch.setattr(quickstart, "CPU_SIZE", {"hidden_size": 64, "num_hidden_layers": 2})
     monkeypatch.setattr(quickstart, "STUDENT", {"hidden_size": 32, "num_hidden_layers": 2})
+    few = ["--reasoning=1", "--max_new_tokens=8", "--max_seq_len=64", "--accumulation_steps=1", "--max_steps=2"]
+    for stage, flags in quickstart.RL_FLAGS.items():
+        monkeypatch.setitem(quickstart.RL_FLAGS, stage, [*flags, *few, "--batch_size=2"])
     monkeypatch.setattr(quickstart.subprocess, "run", in_process)
     return facts, commands
 
@@ -107,7 +111,7 @@ def test_quickstart_measures_every_later_stage(small_quickstart, tmp_path, capsy
     assert code == 0
     report = json.loads((tmp_path / "out" / "quickstart.json").read_text(encoding="utf-8"))
     gains = {(gain["stage"], gain["measure"]): gain for gain in report["gains"]}
-    measures = {"lora": 4, "dpo": 2, "reward": 1, "distillation": 1, "reason": 2}
+    measures = {"lora": 4, "dpo": 2, "reward": 1, "distillation": 1, "reason": 2, "ppo": 3, "grpo": 3, "spo": 3}
     assert {stage: sum(key[0] == stage for key in gains) for stage in measures} == measures
     assert all(0 <= gain[key] <= 1 for gain in gains.values() for key in ("before", "after"))
     dpo = (tmp_path / "out" / "logs" / "rlhf_64.jsonl").read_text().splitlines()
@@ -115,6 +119,7 @@ def test_quickstart_measures_every_later_stage(small_quickstart, tmp_path, capsy
     assert (preferred["before"], preferred["after"]) == (0.5, json.loads(dpo[-1])["val_accuracy"])
     assert gains["dpo", "general score"]["before"] == report["scores"]["held-out wordings"]
     assert "starting from" in out and "rlhf_64.pth" in out.split("train_distill_reason.py")[1]
+    assert (tmp_path / "out" / "logs" / "rewards.png").stat().st_size > 10_000
     _, commands = small_quickstart
     alone, taught = (command for command in commands if "train_distillation" in command[1])
     assert [flag for flag in alone if flag not in taught] == ["--alpha=1"]  # the teacher is all that differs
