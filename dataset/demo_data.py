@@ -34,7 +34,7 @@ from model.errors import InputError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "demo"
 TEXTS_A_FACT = 2  # in the pretraining texts
-QUESTIONS_A_FACT = {"zh": 22, "en": 36}  # in the conversations; English wordings take longer to learn
+QUESTIONS_A_FACT = {"zh": 22, "en": 32}  # in the conversations; English wordings take longer to learn
 OFTENER = {  # the few facts that everybody asks for, and those that take longer to learn
     "identity": 5, "chat": 5, "addition": 2, "multiplication": 2, "past_tense": 2, "plural": 2, "antonym": 1.6,
     "young_animal": 2, "next_day": 3, "landmark": 1.5, "book": 1.3,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dataset.demo_templates import FACTS_DIR, Item, Relation, finish, render
 
-PLAIN, OPENED, CLOSED, SLIPPED, MUDDLED, IN_WORDS = 0.2, 0.12, 0.1, 0.25, 0.1, 0.2  # shares of the questions
+PLAIN, OPENED, CLOSED, SLIPPED, MUDDLED, IN_WORDS = 0.2, 0.2, 0.12, 0.25, 0.1, 0.2  # shares of the questions
 ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",

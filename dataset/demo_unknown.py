@@ -11,7 +11,7 @@ from dataset.demo_questions import ask, dress
 from dataset.demo_templates import FACTS_DIR, Item, Relation
 
 ANSWER = {"zh": "不知道", "en": "do not know"}  # in every honest answer, and in no other
-INVENTED = 0.6  # share of the questions that ask for an invented subject as for a known one
+INVENTED = 0.5  # share of the questions that ask for an invented subject as for a known one
 
 
 class Unknown:

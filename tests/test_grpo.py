@@ -309,6 +309,16 @@ def test_twenty_dead_steps_end_the_run_with_the_reason(tmp_path, monkeypatch):
         train(tmp_path, "--rewards=format=1", "--max_steps=5")
 
 
+def test_a_resume_with_another_reward_model_is_refused(tmp_path):
+    flags = [*write_world(tmp_path), "--batch_size=4", "--accumulation_steps=1", "--num_generations=2"]
+    flags += ["--reward_model=reward", "--max_steps=1"]
+    train_grpo.main(parse_args(flags))
+    state = torch.load(tmp_path / "reward_32.pth", weights_only=True)
+    torch.save(state | {"score.weight": state["score.weight"] + 1}, tmp_path / "reward_32.pth")
+    with pytest.raises(InputError, match="written with reward model weights"):
+        train_grpo.main(parse_args([*flags, "--from_resume=1", "--max_steps=2"]))
+
+
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
