@@ -13,6 +13,7 @@ from model.errors import InputError
 from trainer import train_ppo
 from trainer.rewards import Reply
 from trainer.runtime import rl, start, watch
+from trainer.runtime.engine import Engine
 from trainer.runtime.rl import unequal
 from trainer.runtime.steps import MicroBatch
 from trainer.train_ppo import (
@@ -183,6 +184,25 @@ def test_a_run_is_whole(tmp_path):
     assert log[0]["value"] == 0 != log[1]["value"]  # the head starts at zero
     assert abs(log[0]["kl"]) < 1e-4 and log[0]["critic_lr"] == pytest.approx(3 * log[0]["lr"])
     assert (tmp_path / "ppo_actor_32.pth").exists()
+
+
+def test_actor_and_critic_never_hold_their_activations_at_once(tmp_path, monkeypatch):
+    """Each is done with a micro-batch, backward too, before the other reads it."""
+    events = []
+
+    def noted(name, function):
+        def call(*args, **keys):
+            if torch.is_grad_enabled():
+                events.append(name)
+            return function(*args, **keys)
+
+        return call
+
+    monkeypatch.setattr(train_ppo, "token_logprobs", noted("actor", train_ppo.token_logprobs))
+    monkeypatch.setattr(train_ppo, "token_values", noted("critic", train_ppo.token_values))
+    monkeypatch.setattr(Engine, "backward", noted("backward", Engine.backward))
+    train(tmp_path, "--max_steps=1", "--minibatches=1", "--inner_epochs=1")
+    assert events == ["actor", "backward", "critic", "backward"] * 8
 
 
 def test_a_cut_reply_pays(tmp_path):

@@ -84,7 +84,8 @@ class Task:
         kind = partial(RLAIFDataset, reply=args.max_new_tokens)
         self.prompts, self.val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", run)
         self.terms = open_rewards(args, run, self.prompts, run.tokenizer)
-        replies = min(at_once(run), run.batch_size * args.accumulation_steps * args.num_generations)
+        held_out = min(len(self.val_set), self.val_set.eval_rows_at_once) if self.val_set else 0
+        replies = min(at_once(run), max(run.batch_size * args.accumulation_steps * args.num_generations, held_out))
         itemsize = 4 if run.device.type == "cpu" else run.dtype.itemsize
         beside = sampling_bytes(policy, replies, args.max_seq_len, itemsize)
         beside += training_bytes(critic, args.optimizer) if critic else 0
