@@ -1,5 +1,7 @@
 """Reinforcement learning in small: a model, prompts, and a reward model whose opinions differ."""
 
+import json
+
 import torch
 from small_runs import write_rows
 
@@ -38,6 +40,12 @@ def write_world(folder, **sizes):
 
 def checkpoint_of(out_dir, stage):
     return torch.load(out_dir / "checkpoints" / f"{stage}_32_resume.pth", weights_only=True)
+
+
+def log_of(out_dir, stage):
+    """Its lines without what a machine's pace and memory decide."""
+    lines = [json.loads(line) for line in (out_dir / "logs" / f"{stage}_32.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if not key.endswith(("_s", "_mb"))} for line in lines]
 
 
 def actor_of(out_dir, stage):
