@@ -18,7 +18,7 @@ from trainer.rollout import at_once, logprobs_of, make_sampler, roll_out
 from trainer.runtime.devices import synchronize
 from trainer.runtime.engine import Engine
 from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
-from trainer.runtime.memory import sampling_bytes, training_bytes
+from trainer.runtime.memory import sampling_bytes
 from trainer.runtime.reference import open_reference, weights_hash
 from trainer.runtime.run import Run
 from trainer.runtime.start import open_data, weights_file_hash
@@ -88,8 +88,7 @@ class Task:
         replies = min(at_once(run), max(run.batch_size * args.accumulation_steps * args.num_generations, held_out))
         itemsize = 4 if run.device.type == "cpu" else run.dtype.itemsize
         beside = sampling_bytes(policy, replies, args.max_seq_len, itemsize)
-        beside += training_bytes(critic, args.optimizer) if critic else 0
-        run.plan(policy, self.prompts, beside=beside)
+        run.plan(policy, self.prompts, beside=beside, critic=critic)
         run.settings = settings(args, self.terms, self.reference)
         self.policy, self.run = policy, run
         self.sampler, self.watch = make_sampler(policy, run.tokenizer, run), Watch(run)
