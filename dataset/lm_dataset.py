@@ -334,7 +334,7 @@ class RLAIFDataset(Dataset):
 
     Prompt i has turns[i], ids[i] (opened for the reply) and answers[i], None where nothing can be verified. A row of
     the dataset is a prompt in the order of the epoch, padding on its left: {"input_ids": (T,), "attention_mask": (T,),
-    "prompt": its number, -1 in a BLANK one}.
+    "prompt": its number, -1 in a BLANK one}. left_out: the lines of prompts that are too long.
     """
 
     eval_rows_at_once = 64  # sampling is faster with many
@@ -361,8 +361,9 @@ class RLAIFDataset(Dataset):
                 f"{path}: every prompt is longer than {room} tokens, what --max_seq_len leaves beside the reply"
             )
         self.lines, self.turns, self.answers, self.ids = (list(column) for column in zip(*kept, strict=True))
-        if len(kept) < len(rows):
-            print(f"{path}: left out {len(rows) - len(kept):,} prompts of more than {room} tokens")
+        self.left_out = [line for line, *_, ids in encoded if len(ids) > room]
+        if self.left_out:
+            print(f"{path}: left out {len(self.left_out):,} prompts of more than {room} tokens")
         tell_unread(path, unread)
         self.longest = max(map(len, self.ids))
         self.set_epoch(0)

@@ -3,13 +3,13 @@
     python scripts/inspect_data.py my_chats.jsonl
     python scripts/inspect_data.py my_texts.jsonl --max_seq_len 256 --packed
     python scripts/inspect_data.py my_pairs.jsonl --max_seq_len 1024
-
-    python scripts/inspect_data.py my_prompts.jsonl --format rlaif
+    python scripts/inspect_data.py my_prompts.jsonl --format rlaif --max_new_tokens 256
 
 It tells, as training does, how many rows --max_seq_len cuts, how many tokens they lose, and which keys nobody reads.
 Tokens are coloured by what training does with them: green is learned (a target), grey is read but not learned, red is
 cut off because it lies beyond --max_seq_len. With --packed whole rows are shown as the model gets them, a rule between
-documents. Exit code 1 if any row is bad.
+documents. Prompts to sample replies to (rlaif) are shown as the policy gets them, with the answer that replies are
+verified by: which have none, and which leave no room for a reply. Exit code 1 if any row is bad.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dataset.lm_dataset import (
     fit_conversation,
 )
 from dataset.rows import parse_line, read_lines, row_answer, row_conversation, row_pair, row_prompt, row_text
-from model.errors import InputError, run_script
+from model.errors import InputError, UsageError, run_script
 from model.loading import load_tokenizer
 from trainer.runtime.flags import ROOT, boolean, number
 
@@ -109,17 +109,22 @@ def main(args: argparse.Namespace) -> None:
 
 def show_prompts(args: argparse.Namespace, tokenizer) -> None:
     """Figures of prompts, and the first ones as a policy gets them, with the answer that replies are verified by."""
+    if args.max_new_tokens >= args.max_seq_len:
+        raise UsageError(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in {args.max_seq_len} tokens"
+        )
     prompts = RLAIFDataset(args.file, tokenizer, args.max_seq_len, reply=args.max_new_tokens)
     lengths = np.array([len(ids) for ids in prompts.ids])
     spread = " / ".join(str(int(length)) for length in np.percentile(lengths, [25, 50, 95, 100]))
-    unknown = [str(line) for line, answer in zip(prompts.lines, prompts.answers, strict=True) if answer is None]
+    unknown = [line for line, answer in zip(prompts.lines, prompts.answers, strict=True) if answer is None]
     print(
         f"{prompts.summary()}; {lengths.mean():.0f} tokens on average, {spread} at 25% / 50% / 95% / 100%; "
         f"{args.max_seq_len - args.max_new_tokens} fit beside a reply of {args.max_new_tokens}"
     )
-    if unknown:
-        more = " ..." if len(unknown) > SHOWN_ERRORS else ""
-        print(f"without an answer: line {', '.join(unknown[:SHOWN_ERRORS])}{more}")
+    for what, lines in ("too long", prompts.left_out), ("without an answer", unknown):
+        if lines:
+            more = " ..." if len(lines) > SHOWN_ERRORS else ""
+            print(f"{what}: line {', '.join(map(str, lines[:SHOWN_ERRORS]))}{more}")
     print("\ngrey: read, not learned; a reply is sampled behind it\n")
     for line, ids, answer in list(zip(prompts.lines, prompts.ids, prompts.answers, strict=True))[: args.rows]:
         print(f"{args.file}:{line}, answer: {'none' if answer is None else escape_controls(answer)}")

@@ -1,12 +1,17 @@
 """Reinforcement learning in small: a model, prompts, and a reward model whose opinions differ."""
 
+import json
+from unittest import mock
+
+import numpy as np
 import torch
-from small_runs import write_rows
+from small_runs import read_log, write_rows
 
 from model.heads import MiniMindForScoring
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
+from trainer.runtime import rl
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 COMMON = ["--device=cpu", "--dtype=float32", "--optimizer=adamw", "--max_seq_len=64", "--max_new_tokens=6"]
@@ -36,8 +41,30 @@ def write_world(folder, **sizes):
     return [*COMMON, f"--data_path={folder / 'prompts.jsonl'}", f"--out_dir={folder}"]
 
 
+def train_small(script, folder, *flags, **sizes):
+    """A script in this process, in a world of its own, for 2 steps of 8 prompts -> its log."""
+    flags = [*write_world(folder, **sizes), "--batch_size=4", "--accumulation_steps=2", "--max_steps=2", *flags]
+    script.main(script.parse_args(flags))
+    return read_log(folder, script)
+
+
+def rewarded_for_even_ids():
+    """Around a run: the reward is the share of even ids, which sampling finds soon."""
+
+    def reward(terms, replies):
+        return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
+
+    return mock.patch.object(rl, "score", reward)
+
+
 def checkpoint_of(out_dir, stage):
     return torch.load(out_dir / "checkpoints" / f"{stage}_32_resume.pth", weights_only=True)
+
+
+def log_of(out_dir, stage):
+    """Its lines without what a machine's pace and memory decide."""
+    lines = [json.loads(line) for line in (out_dir / "logs" / f"{stage}_32.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if not key.endswith(("_s", "_mb"))} for line in lines]
 
 
 def actor_of(out_dir, stage):

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from small_rl import actor_of, start_of, write_world
+from small_rl import actor_of, rewarded_for_even_ids, start_of, write_world
 from small_runs import plain_sgd, read_log
 
 from dataset.lm_dataset import BLANK
@@ -275,23 +275,12 @@ def test_a_run_is_whole(tmp_path):
 
 
 def test_the_reward_rises(tmp_path):
-    """The share of even ids."""
-
-    def reward(terms, replies):
-        return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
-
-    flags = ["--max_steps=20", "--num_generations=8", "--learning_rate=2e-2", "--top_k=0", "--inner_epochs=2"]
-    with mock.patch.object(rl, "score", reward):
+    flags = ["--max_steps=20", "--learning_rate=2e-2", "--top_k=0", "--inner_epochs=2"]
+    with rewarded_for_even_ids():
         log = train(tmp_path, *flags, "--eval_interval=6")
     rewards = [line["reward"] for line in log]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert log[-1]["val_reward"] > 0.8
-
-
-def test_mixtures_train_with_their_balance_loss(tmp_path):
-    log = train(tmp_path, use_moe=True)
-    assert all(1 <= line["peak_expert_load"] <= 4 for line in log)
-    assert (tmp_path / "grpo_32_moe.pth").exists()
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

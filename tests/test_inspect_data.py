@@ -122,9 +122,16 @@ def test_prompts_are_shown_as_the_policy_gets_them(tmp_path, capsys):
     path = write_rows(tmp_path / "rlaif.jsonl", rows)
     code, out, _ = inspect(path, capsys, "--max_seq_len=60", "--max_new_tokens=20", "--rows=1")
     assert code == 0 and "3 rows in the rlaif format" in out and "2 prompts, 1 with an answer to verify" in out
-    assert "left out 1 prompts of more than 40 tokens" in out and "without an answer: line 3" in out
+    assert "left out 1 prompts of more than 40 tokens" in out
+    assert "\ntoo long: line 2\nwithout an answer: line 3\n" in out
     shown = out[out.index(f"{path}:1, answer: 2") :]
     assert "unread" not in out and "[+]" not in shown and shown.rstrip().endswith("<|im_start|>assistant⏎")
+    code, out, err = inspect(path, capsys, "--max_seq_len=60", "--max_new_tokens=60")
+    assert code == 2 and "--max_new_tokens 60 leaves no room for a prompt in 60 tokens" in err
+    code, out, err = inspect(path, capsys, "--max_seq_len=60", "--max_new_tokens=59")
+    assert code == 1 and "every prompt is longer than 1 tokens" in err
+    code, out, _ = inspect(write_rows(tmp_path / "rlaif_all.jsonl", rows[:2]), capsys)
+    assert code == 0 and "too long" not in out and "without an answer" not in out
     other = write_rows(tmp_path / "sums.jsonl", rows[1:])
     assert "2 rows in the rlaif format" in inspect(other, capsys)[1]
     bad = write_rows(tmp_path / "asked.jsonl", [{"conversations": asked[2]}, rows[0]])

@@ -15,11 +15,12 @@ from small_rl import write_world
 
 from model.errors import run_script
 from model.generation import Engine
+from model.heads import MiniMindForScoring
 from model.LMConfig import MiniMindConfig
 from model.loading import save_weights
 from model.model_minimind import MiniMindForCausalLM
 from trainer import train_grpo, train_ppo, train_pretrain
-from trainer.runtime import memory, steps
+from trainer.runtime import memory, rl, steps
 from trainer.runtime.run import Run
 
 CPU = ["--device=cpu", "--dtype=float32"]
@@ -46,6 +47,10 @@ def data(tmp_path_factory):
         ("pretrain", ["--batch_size=16", "--use_moe"]),
         ("lora", ["--batch_size=24", "--lora_targets=all"]),
         ("distillation", ["--batch_size=16", "--teacher=full_sft", "--teacher_hidden_size=128"]),
+        (
+            "ppo",
+            ["--batch_size=16", "--num_generations=2", "--max_new_tokens=230", "--rewards=format=1", "--max_steps=1"],
+        ),
     ],
 )
 def test_estimate_is_near_the_peak_of_a_step(stage, more, data, tmp_path):
@@ -184,18 +189,37 @@ def test_what_rl_needs_beside_its_policy():
 
 @pytest.mark.parametrize("script", [train_grpo, train_ppo])
 def test_rl_counts_what_it_needs_beside_its_policy(script, tmp_path, monkeypatch):
-    told = {}
-    monkeypatch.setattr(
-        "trainer.runtime.run.check_memory", lambda model, run, logits, beside: told.update(model=model, beside=beside)
-    )
+    there, opened = [], rl.open_reference
+
+    def check(model, run, logits, beside, critic):
+        assert beside == memory.sampling_bytes(model, 42, args.max_seq_len, 4)  # 32 replies, or 42 to held-out prompts
+        assert bool(critic) == (script is train_ppo)
+        assert there == ["reference"]  # it has its memory already when what is free is asked for
+
+    monkeypatch.setattr("trainer.runtime.run.check_memory", check)
+    monkeypatch.setattr(rl, "open_reference", lambda *args: there.append("reference") or opened(*args))
     flags = ["--batch_size=4", "--accumulation_steps=2", "--num_generations=4", "--max_steps=1"]
     args = script.parse_args([*write_world(tmp_path), *flags])
+    held_out = tmp_path / "prompts_val.jsonl"
+    held_out.write_text(held_out.read_text() * 14)
     script.main(args)
-    model, critic = told["model"], 0
-    if script is train_ppo:  # its head is a vector in place of the vocabulary's
-        critic = memory.training_bytes(model, args.optimizer)
-        critic += {"muon": 8, "adamw": 12}[args.optimizer] * model.config.hidden_size
-    assert told["beside"] == memory.sampling_bytes(model, 32, args.max_seq_len, 4) + critic
+
+
+@pytest.mark.parametrize("optimizer, numbers", [("adamw", 3), ("muon", 2)])  # each 4 bytes, a gradient among them
+def test_a_critic_by_hand(optimizer, numbers, tmp_path):
+    """One of the policy's size adds what its weights are trained with, a larger one its longer rows too."""
+    flags = [*CPU, "--max_seq_len=64", f"--out_dir={tmp_path}", f"--optimizer={optimizer}"]
+    run = Run(train_pretrain.parse_args(flags), "pretrain")
+    model, *critics = (
+        kind(MiniMindConfig(hidden_size=64, num_hidden_layers=layers))
+        for kind, layers in ((MiniMindForCausalLM, 2), (MiniMindForScoring, 2), (MiniMindForScoring, 6))
+    )
+    fixed, per_row = memory.estimate_memory(model, run)
+    for critic, longer in zip(critics, (1.0, 7 / 3), strict=True):  # all layers, and the gradients of one
+        with_critic, row = memory.estimate_memory(model, run, critic=critic)
+        weights = sum(p.numel() for p in critic.parameters())
+        assert with_critic - fixed == pytest.approx(4 * numbers * weights, rel=0.02)
+        assert row / per_row == pytest.approx(longer, rel=0.1)
 
 
 V1 = {

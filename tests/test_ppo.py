@@ -1,24 +1,24 @@
 """PPO: rewards of tokens, GAE, whitening and both losses by hand and by an independent program; what a critic sees."""
 
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from small_rl import actor_of, checkpoint_of, start_of, write_world
-from small_runs import plain_sgd, read_log
+from small_rl import actor_of, checkpoint_of, rewarded_for_even_ids, start_of, train_small
+from small_runs import plain_sgd
 
-from model.errors import InputError
 from trainer import train_ppo
 from trainer.rewards import Reply
-from trainer.runtime import rl, start, watch
+from trainer.runtime import start
+from trainer.runtime.engine import Engine
 from trainer.runtime.rl import unequal
 from trainer.runtime.steps import MicroBatch
 from trainer.train_ppo import (
     explained,
     gae,
-    parse_args,
     policy_loss,
     token_rewards,
     token_values,
@@ -149,11 +149,7 @@ def test_the_value_of_a_token_is_from_before_it():
 # ---------------------------------------------------------------------------------------------------- runs of a script
 
 
-def train(folder, *flags, **sizes):
-    """train_ppo.py in this process, in a world of its own -> its log."""
-    flags = [*write_world(folder, **sizes), "--batch_size=4", "--accumulation_steps=2", "--max_steps=2", *flags]
-    train_ppo.main(parse_args(flags))
-    return read_log(folder, SimpleNamespace(__name__="train_ppo_actor"))
+train = partial(train_small, train_ppo)
 
 
 def critic_of(folder):
@@ -185,6 +181,25 @@ def test_a_run_is_whole(tmp_path):
     assert (tmp_path / "ppo_actor_32.pth").exists()
 
 
+def test_actor_and_critic_never_hold_their_activations_at_once(tmp_path, monkeypatch):
+    """Each is done with a micro-batch, backward too, before the other reads it."""
+    events = []
+
+    def noted(name, function):
+        def call(*args, **keys):
+            if torch.is_grad_enabled():
+                events.append(name)
+            return function(*args, **keys)
+
+        return call
+
+    monkeypatch.setattr(train_ppo, "token_logprobs", noted("actor", train_ppo.token_logprobs))
+    monkeypatch.setattr(train_ppo, "token_values", noted("critic", train_ppo.token_values))
+    monkeypatch.setattr(Engine, "backward", noted("backward", Engine.backward))
+    train(tmp_path, "--max_steps=1", "--minibatches=1", "--inner_epochs=1")
+    assert events == ["actor", "backward", "critic", "backward"] * 8
+
+
 def test_a_cut_reply_pays(tmp_path):
     """All replies of a random model are cut: rewards are lower by the penalty, and so is what the critic learns."""
     logs = [train(tmp_path / str(p), f"--cut_penalty={p}", "--max_steps=1", "--learning_rate=0") for p in (0, 2)]
@@ -207,32 +222,9 @@ def test_updates_stop_at_the_target_kl(tmp_path):
 
 
 def test_the_reward_rises_and_the_critic_foresees_it(tmp_path):
-    """The share of even ids."""
-
-    def reward(terms, replies):
-        return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
-
     flags = ["--max_steps=20", "--num_generations=8", "--learning_rate=2e-2", "--top_k=0", "--target_kl=1"]
-    with mock.patch.object(rl, "score", reward):
+    with rewarded_for_even_ids():
         log = train(tmp_path, *flags, "--beta=0", "--cut_penalty=0")
     rewards = [line["reward"] for line in log]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert log[-1]["value"] > 0.3
-
-
-def test_mixtures_train_with_their_balance_loss(tmp_path):
-    assert all(1 <= line["peak_expert_load"] <= 4 for line in train(tmp_path, use_moe=True))
-
-
-def test_a_constant_reward_ends_the_run_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "DEAD_STEPS", 2)
-    with pytest.raises(InputError, match="nothing was learned in 2 steps"):
-        train(tmp_path, "--rewards=format=1", "--max_steps=5")
-
-
-def test_a_fault_in_scoring_is_caught_before_the_first_update(tmp_path, monkeypatch):
-    scoring = train_ppo.token_logprobs
-    hot = lambda net, batch, args: scoring(net, batch, SimpleNamespace(**{**vars(args), "temperature": 1.3}))  # noqa: E731
-    monkeypatch.setattr(train_ppo, "token_logprobs", hot)
-    with pytest.raises(InputError, match="what was sampled is not what is scored: before the first update of step 1"):
-        train(tmp_path)

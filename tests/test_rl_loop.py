@@ -9,7 +9,7 @@ import processes
 import pytest
 import torch
 from processes import Training
-from small_rl import same
+from small_rl import checkpoint_of, log_of, same
 from toy_rl import VOCABULARY
 
 from model.LMConfig import MiniMindConfig
@@ -51,16 +51,6 @@ def train(out_dir, kind, *flags, hook=None):
     )
 
 
-def checkpoint_of(out_dir):
-    return torch.load(out_dir / "checkpoints" / "toy_32_resume.pth", weights_only=True)
-
-
-def log_of(out_dir):
-    lines = [json.loads(line) for line in (out_dir / "logs" / "toy_32.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_s", "elapsed_s", "peak_memory_mb")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def peace(request, tmp_path_factory):
     """(kind, folder, run) of an undisturbed run."""
@@ -73,7 +63,7 @@ def peace(request, tmp_path_factory):
 def test_a_run_is_whole(peace):
     """Two models with two optimizers in one checkpoint, meters from samples and updates, the actor alone written."""
     _, folder, run = peace
-    log, saved = log_of(folder), checkpoint_of(folder)
+    log, saved = log_of(folder, "toy"), checkpoint_of(folder, "toy")
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     wanted = {"reward", "length", "updates", "loss", "value_loss", "kl", "lr", "grad_norm"}
     assert all(wanted | {"critic_lr", "critic_grad_norm"} <= line.keys() for line in log)
@@ -96,7 +86,7 @@ def test_a_run_is_whole(peace):
 
 
 def test_the_reward_rises(peace):
-    log = log_of(peace[1])
+    log = log_of(peace[1], "toy")
     assert log[-1]["reward"] > log[0]["reward"] + 0.05 and log[-1]["val_reward"] > 0.6, log
 
 
@@ -106,21 +96,21 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(peace, tmp_path):
     killed = train(tmp_path, kind, "--save_interval=3", hook=hook).signal_at("toy 5/", signal.SIGKILL)
     codes = killed.wait()
     assert codes[0] == -signal.SIGKILL, killed.err()
-    assert checkpoint_of(tmp_path)["place"]["step"] == 3
+    assert checkpoint_of(tmp_path, "toy")["place"]["step"] == 3
     again = train(tmp_path, kind, "--save_interval=3", "--from_resume=1")
     assert set(again.wait()) == {0}, again.err()
     assert "resumed after step 3" in again.out()
-    whole, resumed = checkpoint_of(folder), checkpoint_of(tmp_path)
+    whole, resumed = checkpoint_of(folder, "toy"), checkpoint_of(tmp_path, "toy")
     for part in "engines", "extra", "random":
         assert same(whole[part], resumed[part]), part
-    assert log_of(folder) == log_of(tmp_path)
+    assert log_of(folder, "toy") == log_of(tmp_path, "toy")
 
 
 def test_a_signal_waits_for_the_end_of_the_rollout(tmp_path):
     hook = (processes.slow_updates,)
     run = train(tmp_path, "one process", "--save_interval=100", hook=hook).signal_at("toy 2/", signal.SIGTERM)
     assert run.wait() == [143], run.err()
-    saved = checkpoint_of(tmp_path)
+    saved = checkpoint_of(tmp_path, "toy")
     step = saved["place"]["step"]
     assert 2 <= step < STEPS
     assert all(float(state["step"]) == 4 * step for state in saved["engines"]["critic"]["optimizer"].values())
@@ -141,11 +131,11 @@ def whole_rollouts(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", list(SPLITS)[1:])
 def test_an_update_does_not_depend_on_how_it_is_split(kind, whole_rollouts):
-    one, other = (checkpoint_of(whole_rollouts / name)["engines"] for name in ("one process", kind))
+    one, other = (checkpoint_of(whole_rollouts / name, "toy")["engines"] for name in ("one process", kind))
     for name in "actor", "critic":
         a, b = (torch.cat([x.flatten() for x in e[name]["weights"].values()]) for e in (one, other))
         assert (a - b).norm() < 1e-4 * a.norm(), name
-    for a, b in zip(log_of(whole_rollouts / "one process"), log_of(whole_rollouts / kind), strict=True):
+    for a, b in zip(log_of(whole_rollouts / "one process", "toy"), log_of(whole_rollouts / kind, "toy"), strict=True):
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
@@ -155,7 +145,7 @@ def test_all_ranks_stop_a_rollout_together(kind, tmp_path):
     """The mean that update.mean() gives is that of all ranks: none waits for another that has stopped."""
     run = train(tmp_path, kind, "--target_kl=1e-6", "--max_steps=3", "--ppo_epochs=4", "--learning_rate=0.1")
     assert set(run.wait()) == {0}, run.err()
-    assert all(1 <= line["updates"] < 8 for line in log_of(tmp_path))
+    assert all(1 <= line["updates"] < 8 for line in log_of(tmp_path, "toy"))
 
 
 def test_gradients_cross_the_ranks_once_an_update(tmp_path):
@@ -177,7 +167,7 @@ def test_another_critic_is_refused(tmp_path):
         (lambda engines: engines["critic"]["weights"].popitem(), "another size of the critic"),
         (lambda engines: engines.pop("critic"), "holds ['actor'], this stage has ['actor', 'critic']"),
     ):
-        content = checkpoint_of(tmp_path)
+        content = checkpoint_of(tmp_path, "toy")
         change(content["engines"])
         torch.save(content, path)
         run = train(tmp_path, "one process", "--max_steps=2", "--from_resume=1")

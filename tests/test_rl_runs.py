@@ -7,7 +7,7 @@ import processes
 import pytest
 import torch
 from processes import Torchrun, Training
-from small_rl import actor_of, checkpoint_of, same, start_of, write_world
+from small_rl import actor_of, checkpoint_of, log_of, same, start_of, write_world
 
 FLAGS = {
     "grpo": ["--num_generations=4", "--beta=0.1", "--weight_decay=0.1"],
@@ -19,13 +19,6 @@ OF_A_RANK = {"explained", "degenerate", "nonzero_advantages"}  # computed on eac
 STAGES = list(FLAGS)
 ONE = ["--batch_size=4", "--accumulation_steps=2"]
 TWO = ["--batch_size=2", "--accumulation_steps=2"]
-
-
-def log_of(out_dir, script):
-    stage = NAMES.get(script, script)
-    lines = [json.loads(line) for line in (out_dir / "logs" / f"{stage}_32.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_s", "elapsed_s", "peak_memory_mb")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def flags_of(stage, folder, *more):
@@ -47,7 +40,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(stage, tmp_path):
     expected, found = checkpoint_of(whole, NAMES.get(stage, stage)), checkpoint_of(cut, NAMES.get(stage, stage))
     for part in "engines", "extra", "random":
         assert same(expected[part], found[part]), part
-    assert log_of(whole, stage) == log_of(cut, stage)
+    assert log_of(whole, NAMES.get(stage, stage)) == log_of(cut, NAMES.get(stage, stage))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -71,7 +64,7 @@ def test_two_ranks_by_torchrun_are_one(stage, tmp_path):
         ends[name] = actor_of(folder, NAMES.get(stage, stage))
     assert (ends["one"] - ends["two"]).norm() < 1e-4 * ends["one"].norm()
     assert (ends["one"] - start_of(tmp_path / "one")).norm() > 1e-3 * ends["one"].norm()
-    one, two = (log_of(tmp_path / name, stage) for name in ("one", "two"))
+    one, two = (log_of(tmp_path / name, NAMES.get(stage, stage)) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - OF_A_RANK:

@@ -1,20 +1,20 @@
 """SPO: trackers by hand, which prompts are drawn, whitening, the loss by trl's formula, runs of the script."""
 
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from small_rl import actor_of, checkpoint_of, start_of, write_world
-from small_runs import plain_sgd, read_log
+from small_rl import actor_of, checkpoint_of, rewarded_for_even_ids, start_of, train_small
+from small_runs import plain_sgd
 from test_grpo import settings, trl_loss
 
-from model.errors import InputError
 from trainer import train_spo
 from trainer.rewards import Reply, Term
-from trainer.runtime import rl, start, watch
-from trainer.train_spo import HALF_LIFE, Trackers, parse_args, spo_loss, unit_rewards, whiten
+from trainer.runtime import start
+from trainer.train_spo import HALF_LIFE, Trackers, spo_loss, unit_rewards, whiten
 
 
 class Prompts:
@@ -151,15 +151,11 @@ def test_loss_and_gradient_are_those_of_trl(beta):
 # ---------------------------------------------------------------------------------------------------- runs of a script
 
 
-def train(folder, *flags, **sizes):
-    """train_spo.py in this process, in a world of its own -> its log."""
-    flags = [*write_world(folder, **sizes), "--batch_size=4", "--accumulation_steps=2", "--max_steps=3", *flags]
-    train_spo.main(parse_args(flags))
-    return read_log(folder, train_spo)
+train = partial(train_small, train_spo)
 
 
 def test_a_run_is_whole(tmp_path):
-    log = train(tmp_path, "--eval_interval=1", "--beta=0.1", "--learning_rate=1e-2")
+    log = train(tmp_path, "--max_steps=3", "--eval_interval=1", "--beta=0.1", "--learning_rate=1e-2")
     names = {"reward", "unit_reward", "tracked", "accuracy", "reply_tokens", "entropy", "moved", "loss", "kl", "kl_old"}
     assert all(names | {"clip_fraction", "nonzero_advantages", "val_reward"} <= line.keys() for line in log)
     assert log[0]["tracked"] == 0.5 and log[0]["moved"] == 0  # first visits
@@ -194,31 +190,8 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(tmp_path):
 
 
 def test_the_reward_rises(tmp_path):
-    """The share of even ids."""
-
-    def reward(terms, replies):
-        return {"reward": torch.tensor([np.mean([i % 2 == 0 for i in reply.ids or [1]]) for reply in replies]).float()}
-
     flags = ["--max_steps=50", "--rewards=answer=1", "--batch_size=13", "--accumulation_steps=1", "--inner_epochs=2"]
     flags += ["--learning_rate=2e-2", "--top_k=0"]
-    with mock.patch.object(rl, "score", reward):
+    with rewarded_for_even_ids():
         rewards = [line["reward"] for line in train(tmp_path, *flags)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
-
-
-def test_mixtures_train_with_their_balance_loss(tmp_path):
-    assert all(1 <= line["peak_expert_load"] <= 4 for line in train(tmp_path, use_moe=True))
-
-
-def test_a_constant_reward_ends_the_run_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "DEAD_STEPS", 2)
-    with pytest.raises(InputError, match="nothing was learned in 2 steps"):
-        train(tmp_path, "--rewards=format=1", "--max_steps=5")
-
-
-def test_a_fault_in_scoring_is_caught_before_the_first_update(tmp_path, monkeypatch):
-    scoring = train_spo.token_logprobs
-    hot = lambda net, batch, args: scoring(net, batch, SimpleNamespace(**{**vars(args), "temperature": 1.3}))  # noqa: E731
-    monkeypatch.setattr(train_spo, "token_logprobs", hot)
-    with pytest.raises(InputError, match="what was sampled is not what is scored: before the first update of step 1"):
-        train(tmp_path)

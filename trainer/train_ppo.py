@@ -181,12 +181,12 @@ def main(args: argparse.Namespace) -> None:
                     if count == 1:
                         task.watch.first_minibatch((new.detach() - extra["old"])[mask])
                     losses, logged = policy_loss(new, extra["old"], extra["advantages"], mask, args.eps)
-                    V, judged = token_values(critic, batch)
+                    actor.backward(losses.sum() / update.targets + update.balance(output, batch))
+                    V, judged = token_values(critic, batch)  # once the policy's activations are gone
                     value_losses = value_loss(V, extra["values"], extra["returns"], mask, args.eps_value)
+                    critic.backward(value_losses.sum() / update.targets + update.balance(judged, batch))
                     totals_of = {name: (x * mask).sum() for name, x in logged.items()}
                     update.note(batch, output, losses, value_loss=value_losses.sum(), **totals_of)
-                    actor.backward(losses.sum() / update.targets + update.balance(output, batch))
-                    critic.backward(value_losses.sum() / update.targets + update.balance(judged, batch))
                 actor.update(args.grad_clip)
                 critic.update(args.grad_clip)
                 if update.mean("kl_old") > args.target_kl:

@@ -57,21 +57,30 @@ def sampling_bytes(model: nn.Module, replies: int, tokens: int, itemsize: int) -
     return itemsize * (numbers + slots * capacity * cached)
 
 
-def estimate_memory(model: nn.Module, run, whole_logits: int = 0, beside: int = 0) -> tuple[float, float]:
-    """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
-
-    The weights are there already. whole_logits: how many times as many numbers as all logits of the targets a loss
-    holds at once; most hold those of a chunk alone. beside: bytes that the stage needs beside its model's training.
-    """
-    fixed = training_bytes(model, run.args.optimizer) + beside
-    fixed += 3 * 4 * LOSS_CHUNK * model.config.vocab_size  # logits, their gradient, a copy
+def row_bytes(model: nn.Module, run) -> tuple[float, float]:
+    """(bytes whatever the batch, bytes per row of a micro-batch) of a forward and backward pass at its peak."""
     short, long = (saved_bytes(model, run, tokens) for tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
     per_token = (long - short) / PROBE_TOKENS
     backward = per_token / model.config.num_hidden_layers  # gradients of a layer, beside what all layers have kept
     length = run.args.max_seq_len
-    per_row = (per_token + backward) * length + length**2  # and the boolean mask
-    per_row += whole_logits * length * model.config.vocab_size * run.dtype.itemsize
-    return fixed + short - per_token * PROBE_TOKENS, per_row
+    return short - per_token * PROBE_TOKENS, (per_token + backward) * length + length**2  # and the boolean mask
+
+
+def estimate_memory(
+    model: nn.Module, run, whole_logits: int = 0, beside: int = 0, critic: nn.Module | None = None
+) -> tuple[float, float]:
+    """(bytes whatever the batch, bytes per row of a micro-batch) of a training step at its peak.
+
+    The weights are there already. whole_logits: how many times as many numbers as all logits of the targets a loss
+    holds at once; most hold those of a chunk alone. beside: bytes that the stage needs beside what trains. critic: a
+    model that trains too, on the same rows when those of the first are done.
+    """
+    trained = [model, critic] if critic else [model]
+    once, per_row = map(max, zip(*(row_bytes(net, run) for net in trained), strict=True))
+    fixed = once + sum(training_bytes(net, run.args.optimizer) for net in trained) + beside
+    fixed += 3 * 4 * LOSS_CHUNK * model.config.vocab_size  # logits, their gradient, a copy
+    per_row += whole_logits * run.args.max_seq_len * model.config.vocab_size * run.dtype.itemsize
+    return fixed, per_row
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -118,9 +127,12 @@ def container_memory(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path
     return left
 
 
-def check_memory(model: nn.Module, run, whole_logits: int = 0, beside: int = 0) -> None:
-    """Print the estimate; InputError, with the batch size that would do, where the free memory cannot hold it."""
-    fixed, per_row = estimate_memory(model, run, whole_logits, beside)
+def check_memory(model: nn.Module, run, *more) -> None:
+    """Print the estimate; InputError, with the batch size that would do, where the free memory cannot hold it.
+
+    more: see estimate_memory().
+    """
+    fixed, per_row = estimate_memory(model, run, *more)
     needed, free = fixed + per_row * run.batch_size, free_memory(run.device)
     share = local_world_size() if run.device.type == "cpu" else 1  # processes of this machine share its memory
     known = "" if free is None else f" of {free / 2**30:.1f} GB free"

@@ -18,7 +18,7 @@ from trainer.rollout import at_once, logprobs_of, make_sampler, roll_out
 from trainer.runtime.devices import synchronize
 from trainer.runtime.engine import Engine
 from trainer.runtime.flags import COUNT, SWITCH, common_parser, number
-from trainer.runtime.memory import sampling_bytes, training_bytes
+from trainer.runtime.memory import sampling_bytes
 from trainer.runtime.reference import open_reference, weights_hash
 from trainer.runtime.run import Run
 from trainer.runtime.start import open_data, weights_file_hash
@@ -84,11 +84,11 @@ class Task:
         kind = partial(RLAIFDataset, reply=args.max_new_tokens)
         self.prompts, self.val_set = open_data(kind, "rlaif-mini.jsonl", "rlaif.jsonl", run)
         self.terms = open_rewards(args, run, self.prompts, run.tokenizer)
-        replies = min(at_once(run), run.batch_size * args.accumulation_steps * args.num_generations)
+        held_out = min(len(self.val_set), self.val_set.eval_rows_at_once) if self.val_set else 0
+        replies = min(at_once(run), max(run.batch_size * args.accumulation_steps * args.num_generations, held_out))
         itemsize = 4 if run.device.type == "cpu" else run.dtype.itemsize
         beside = sampling_bytes(policy, replies, args.max_seq_len, itemsize)
-        beside += training_bytes(critic, args.optimizer) if critic else 0
-        run.plan(policy, self.prompts, beside=beside)
+        run.plan(policy, self.prompts, beside=beside, critic=critic)
         run.settings = settings(args, self.terms, self.reference)
         self.policy, self.run = policy, run
         self.sampler, self.watch = make_sampler(policy, run.tokenizer, run), Watch(run)

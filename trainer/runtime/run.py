@@ -119,10 +119,12 @@ class Run:
             checkpoints = checkpoint_path(self.args.out_dir, self.weights).parent
             remove_leftovers({self.weights.parent, checkpoints, self.logs.folder}, self.name)
 
-    def plan(self, model: nn.Module, train_set, whole_logits: int = 0, beside: int = 0) -> None:
+    def plan(
+        self, model: nn.Module, train_set, whole_logits: int = 0, beside: int = 0, critic: nn.Module | None = None
+    ) -> None:
         """Count the steps, print the arithmetic of the run, and end it here if it cannot fit into memory.
 
-        whole_logits, beside: see memory.py.
+        whole_logits, beside, critic: see memory.py.
         """
         args, parameters = self.args, sum(p.numel() for p in model.parameters())
         self.batch_size = min(self.batch_size, math.ceil(len(train_set) / world_size()))  # no step has more rows
@@ -142,7 +144,7 @@ class Run:
         )
         if args.deepspeed is None:
             with told_memory(self):
-                check_memory(model, self, whole_logits, beside)
+                check_memory(model, self, whole_logits, beside, critic)
 
     # ------------------------------------------------------------------------------------------------------ training
 
