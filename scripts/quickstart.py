@@ -220,7 +220,7 @@ RL_FLAGS = {
     "spo": ["--batch_size=16", "--max_steps=60"],
 }
 RL_COMMON = ["--reasoning=1", f"--max_new_tokens={RL_REPLY}", "--max_seq_len=160", "--optimizer=muon"]
-RL_COMMON += ["--eval_interval=20"]
+RL_COMMON += ["--log_interval=5", "--eval_interval=20"]
 RL_WEIGHTS = {"ppo": "ppo_actor"}  # where they are not named as the stage is
 
 
