@@ -4,7 +4,8 @@
     python scripts/quickstart.py --stages all              and every later stage, each measured before and after
     python scripts/quickstart.py --stages lora reason      these alone, on the weights that are in --out_dir
 
-On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough. Scored are
+On a GPU it trains minimind2-small (26M parameters), on a CPU a model of 4.5M, so that minutes are enough; --size small
+and --size full take one of them anywhere. Scored are
 held-out wordings, kinds of asking that no training row has, and questions in words of their own, written from the
 facts alone; the headline is the lowest of the three. The report goes to out/quickstart.md and out/quickstart.json.
 """
@@ -15,13 +16,11 @@ import shlex
 import subprocess
 import sys
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from matplotlib.figure import Figure
 
 from dataset.demo_data import ensure_demo_data
 from dataset.demo_unknown import ANSWER as HONEST
@@ -30,12 +29,16 @@ from dataset.scoring import answer_all, is_right, reasoned_answer, score_by
 from model.errors import InputError, run_script
 from model.loading import find_weights, load_model, load_tokenizer
 from model.model_lora import find_lora, merge_lora
+from trainer.rewards import Reply, accuracies
 from trainer.runtime.devices import pick_device
 from trainer.runtime.flags import COUNT, MAX_SEED, ROOT, SWITCH, number
-from trainer.runtime.run_log import read_records
+from trainer.runtime.run_log import plot_stages, read_records
 
-CPU_SIZE = {"hidden_size": 256, "num_hidden_layers": 4}
-RATES = {"cpu": (0.004, 0.0027), "gpu": (0.002, 0.0015)}  # of pretraining and fine-tuning, at 4.5M and 26M parameters
+SIZES = {"small": {"hidden_size": 256, "num_hidden_layers": 4}, "full": {"preset": "minimind2-small"}}
+RATES = {
+    "small": (0.004, 0.0027),
+    "full": (0.002, 0.0015),
+}  # of pretraining and fine-tuning, at 4.5M and 26M parameters
 STUDENT = {"hidden_size": 128, "num_hidden_layers": 3}  # of the distillation
 SHOWN = 6  # sample answers of each measure in the report
 MEASURES = {
@@ -56,6 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain_epochs", type=COUNT, default=1, help="passes over the embedded texts (default: 1)")
     add("--sft_epochs", type=COUNT, default=1, help="passes over the embedded conversations (default: 1)")
     add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
+    add(
+        "--size", choices=["auto", *SIZES], default="auto", help="4.5M or 26M parameters (default: what suits --device)"
+    )
     add("--seed", type=number(int, 0, MAX_SEED), default=42, help="of weights and data order (default: 42)")
     add("--debug", **SWITCH, default=False, help="show tracebacks of errors")
     args = parser.parse_args(argv)
@@ -78,8 +84,8 @@ class Job:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out_dir, self.demo = args, args.out_dir, ensure_demo_data()
         self.device = pick_device(args.device)
-        self.sizes = CPU_SIZE if self.device.type == "cpu" else {}  # suits the machine
-        self.rates = RATES["cpu" if self.sizes else "gpu"]
+        size = ("small" if self.device.type == "cpu" else "full") if args.size == "auto" else args.size
+        self.sizes, self.rates = SIZES[size], RATES[size]
         self.tokenizer = load_tokenizer()
 
     def train(
@@ -117,10 +123,13 @@ class Job:
 
     def last(self, stage: str, key: str) -> float:
         """A figure of the last line of a stage's log."""
-        return json.loads(self.log(stage).read_text(encoding="utf-8").splitlines()[-1])[key]
+        return read_records(self.log(stage))[-1][key]
 
     def log(self, stage: str) -> Path:
         return self.out_dir / "logs" / f"{find_weights(self.out_dir, stage, **self.sizes).stem}.jsonl"
+
+    def has(self, stage: str) -> bool:
+        return find_weights(self.out_dir, stage, **self.sizes).exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
@@ -190,65 +199,52 @@ def distillation(job: Job) -> list[Gain]:
 
 def reason(job: Job) -> list[Gain]:
     """Worked arithmetic: a thought, then the answer."""
-    start = "rlhf" if find_weights(job.out_dir, "rlhf", **job.sizes).exists() else "full_sft"
-    form_before, _, right_before = reasoned(job, job.model(start), "reason_val.jsonl")
+    rows = job.rows("reason_val.jsonl")
+
+    def figures(model) -> tuple[float, float]:
+        texts = answer_all(model, job.tokenizer, rows, max_new_tokens=96)
+        answers = [reasoned_answer(text) for text in texts]
+        right = [is_right(a or text, row["answer"]) for a, text, row in zip(answers, texts, rows, strict=True)]
+        return sum(a is not None for a in answers) / len(rows), sum(right) / len(rows)
+
+    form_before, right_before = figures(job.model("rlhf" if job.has("rlhf") else "full_sft"))
     job.train("train_distill_reason.py", "reason.jsonl", "--epochs=3", "--learning_rate=0.004")
-    form, _, right = reasoned(job, job.model("reason"), "reason_val.jsonl")
+    form, right = figures(job.model("reason"))
     return [Gain("answers as a thought and an answer", form_before, form), Gain("arithmetic", right_before, right)]
 
 
-def reasoned(job: Job, model, name: str) -> tuple[float, float, float]:
-    """Shares of the greedy replies that are a thought and an answer, that are so and right, that are right anyhow."""
-    rows = job.rows(name)
-    texts = answer_all(model, job.tokenizer, rows, max_new_tokens=96)
-    answers = [reasoned_answer(text) for text in texts]
-    strict = [a is not None and is_right(a, row["answer"]) for a, row in zip(answers, rows, strict=True)]
-    lenient = [is_right(a or text, row["answer"]) for a, text, row in zip(answers, texts, rows, strict=True)]
-    return sum(a is not None for a in answers) / len(rows), sum(strict) / len(rows), sum(lenient) / len(rows)
-
-
-RL = ["--reasoning=1", "--max_new_tokens=80", "--max_seq_len=160", "--optimizer=muon", "--eval_interval=20"]
+RL_REPLY = 80  # tokens of a worked answer at most
 RL_FLAGS = {
-    "ppo_actor": [*RL, "--num_generations=4", "--batch_size=16", "--max_steps=60"],
-    "grpo": [*RL, "--num_generations=8", "--batch_size=16", "--max_steps=60"],
-    "spo": [*RL, "--batch_size=16", "--max_steps=60"],
+    "ppo": ["--num_generations=4", "--batch_size=16", "--max_steps=60"],
+    "grpo": ["--num_generations=8", "--batch_size=16", "--max_steps=60"],
+    "spo": ["--batch_size=16", "--max_steps=60"],
 }
+RL_COMMON = ["--reasoning=1", f"--max_new_tokens={RL_REPLY}", "--max_seq_len=160", "--optimizer=muon"]
+RL_COMMON += ["--log_interval=5", "--eval_interval=20"]
+RL_WEIGHTS = {"ppo": "ppo_actor"}  # where they are not named as the stage is
 
 
-def ppo(job: Job) -> list[Gain]:
-    return rewarded(job, "ppo_actor", "train_ppo.py")
+def rewarded(job: Job, stage: str) -> list[Gain]:
+    """The reasoning policy answers new problems and learns from being told right or wrong."""
 
+    def figures(model) -> list[float]:
+        rows = job.rows("rlaif_val.jsonl")
+        texts = answer_all(model, job.tokenizer, rows, max_new_tokens=RL_REPLY)
+        replies = [Reply(row["conversations"][:-1], text, row["answer"]) for row, text in zip(rows, texts, strict=True)]
+        right = accuracies(replies, reasoning=True)  # as training tells them
+        return [*(float(share.mean()) for share in right.values()), job.share_right(model, "sft_val.jsonl")]
 
-def grpo(job: Job) -> list[Gain]:
-    return rewarded(job, "grpo", "train_grpo.py")
-
-
-def spo(job: Job) -> list[Gain]:
-    return rewarded(job, "spo", "train_spo.py")
-
-
-def rewarded(job: Job, stage: str, script: str) -> list[Gain]:
-    """The reasoning policy, which answers new problems and learns from being told right or wrong."""
-    if not find_weights(job.out_dir, "reason", **job.sizes).exists():
-        reason(job)
-    start = job.model("reason")
-    _, strict_before, lenient_before = reasoned(job, start, "rlaif_val.jsonl")
-    general_before = job.share_right(start, "sft_val.jsonl")
-    job.train(script, "rlaif.jsonl", *RL_FLAGS[stage])
-    model = job.model(stage)
-    _, strict, lenient = reasoned(job, model, "rlaif_val.jsonl")
-    return [
-        Gain("new problems, right and in form", strict_before, strict),
-        Gain("new problems, right anyhow", lenient_before, lenient),
-        Gain("general score", general_before, job.share_right(model, "sft_val.jsonl")),
-    ]
+    before = figures(job.model("reason"))
+    job.train(f"train_{stage}.py", "rlaif.jsonl", *RL_COMMON, *RL_FLAGS[stage])
+    after = figures(job.model(RL_WEIGHTS.get(stage, stage)))
+    measures = "new problems, right and in form", "new problems, right anyhow", "general score"
+    return [Gain(*figures) for figures in zip(measures, before, after, strict=True)]
 
 
 STAGES = {
     "pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "reward": reward, "distillation": distillation,
-    "reason": reason, "ppo": ppo, "grpo": grpo, "spo": spo,
+    "reason": reason, **{stage: partial(rewarded, stage=stage) for stage in RL_FLAGS},
 }  # fmt: skip
-RL_STAGES = {"ppo": "ppo_actor", "grpo": "grpo", "spo": "spo"}
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -257,6 +253,9 @@ RL_STAGES = {"ppo": "ppo_actor", "grpo": "grpo", "spo": "spo"}
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     job = Job(args)
+    if set(args.stages) & set(RL_FLAGS) and not job.has("reason") and "reason" not in args.stages:
+        args.stages.insert(min(map(args.stages.index, set(args.stages) & set(RL_FLAGS))), "reason")
+        print("no reasoning policy yet, for reinforcement learning to start from: the stage reason comes before it")
     report: dict = {"device": str(job.device), "seed": args.seed, "gains": []}
     samples: list[dict] = []
 
@@ -282,9 +281,11 @@ def main(args: argparse.Namespace) -> None:
         json.dumps(report | {"samples": samples}, ensure_ascii=False, indent=1), encoding="utf-8"
     )
     (args.out_dir / "quickstart.md").write_text(text, encoding="utf-8")
-    if drawn := [stage for stage in args.stages if stage in RL_STAGES]:
-        logs = {stage: job.log(RL_STAGES[stage]) for stage in drawn}
-        print(f"\nthe curves of {', '.join(drawn)}: {plot_rewards(logs, args.out_dir / 'logs' / 'rewards.png')}")
+    if set(args.stages) & set(RL_FLAGS):
+        logs = {stage: job.log(RL_WEIGHTS.get(stage, stage)) for stage in RL_FLAGS}
+        logs = {stage: log for stage, log in logs.items() if log.exists()}  # those of earlier runs too
+        plot_stages(logs, args.out_dir / "logs" / "rewards.png")
+        print(f"\nthe curves of {', '.join(logs)}: {args.out_dir / 'logs' / 'rewards.png'}")
     where = "" if args.out_dir.resolve() == ROOT / "out" else f" --out_dir {shlex.quote(str(args.out_dir))}"
     print(
         f"\n{text}\nNow talk to it:          python eval_model.py --model_mode 1{where}\n"
@@ -322,25 +323,6 @@ def train(script: str, flags: list[str]) -> None:
     print(f"\n$ python trainer/{script} {shlex.join(flags)}", flush=True)
     if code := subprocess.run(command).returncode:
         raise InputError(f"{script} ended with exit code {code}; its message stands above")
-
-
-def plot_rewards(logs: dict[str, Path], path: Path) -> Path:
-    """Reward, strict accuracy on held-out prompts, length and KL of several stages over their replies, as a PNG."""
-    figure = Figure(figsize=(11, 6.5))
-    panels = {
-        "reward": "reward of sampled replies", "val_accuracy": "held-out problems right and in form",
-        "reply_tokens": "tokens of a reply", "kl": "KL to the start",
-    }  # fmt: skip
-    for axes, (key, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for stage, log in logs.items():
-            points = [(r["elapsed_s"] / 60, r[key]) for r in read_records(log) if r.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=stage, linewidth=1.2) if points else None
-        axes.set(title=title, xlabel="minutes")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    return path
 
 
 def format_report(report: dict, samples: list[dict]) -> str:

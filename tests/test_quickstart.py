@@ -69,11 +69,12 @@ def small_quickstart(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(quickstart, "ensure_demo_data", lambda: demo)
-    monkeypatch.setattr(quickstart, "CPU_SIZE", {"hidden_size": 64, "num_hidden_layers": 2})
+    sizes = {"small": {"hidden_size": 64, "num_hidden_layers": 2}, "full": {"hidden_size": 96, "num_hidden_layers": 2}}
+    monkeypatch.setattr(quickstart, "SIZES", sizes)
     monkeypatch.setattr(quickstart, "STUDENT", {"hidden_size": 32, "num_hidden_layers": 2})
-    few = ["--reasoning=1", "--max_new_tokens=8", "--max_seq_len=64", "--accumulation_steps=1", "--max_steps=2"]
+    few = ["--max_new_tokens=8", "--max_seq_len=64", "--accumulation_steps=1", "--max_steps=2", "--batch_size=2"]
     for stage, flags in quickstart.RL_FLAGS.items():
-        monkeypatch.setitem(quickstart.RL_FLAGS, stage, [*flags, *few, "--batch_size=2"])
+        monkeypatch.setitem(quickstart.RL_FLAGS, stage, [*flags, *few])
     monkeypatch.setattr(quickstart.subprocess, "run", in_process)
     return facts, commands
 
@@ -120,6 +121,10 @@ def test_quickstart_measures_every_later_stage(small_quickstart, tmp_path, capsy
     assert gains["dpo", "general score"]["before"] == report["scores"]["held-out wordings"]
     assert "starting from" in out and "rlhf_64.pth" in out.split("train_distill_reason.py")[1]
     assert (tmp_path / "out" / "logs" / "rewards.png").stat().st_size > 10_000
+    for stage, weights in ("ppo", "ppo_actor"), ("grpo", "grpo"), ("spo", "spo"):  # as training tells it itself
+        told = json.loads((tmp_path / "out" / "logs" / f"{weights}_64.jsonl").read_text().splitlines()[-1])
+        assert gains[stage, "new problems, right and in form"]["after"] == told["val_accuracy"]
+        assert gains[stage, "new problems, right anyhow"]["after"] == told["val_lenient_accuracy"]
     _, commands = small_quickstart
     alone, taught = (command for command in commands if "train_distillation" in command[1])
     assert [flag for flag in alone if flag not in taught] == ["--alpha=1"]  # the teacher is all that differs
@@ -132,6 +137,33 @@ def test_quickstart_takes_up_where_it_was(small_quickstart, tmp_path, capsys):
     del commands[:]
     assert ends(quickstart, [*flags, "--stages", "reward", "dpo"], capsys)[0] == 0
     assert [Path(command[1]).name for command in commands] == ["train_dpo.py", "train_reward.py"]
+
+
+def test_rewarded_stages_start_from_a_reasoning_policy(small_quickstart, tmp_path, capsys):
+    """One is trained before the first of them, and only if there is none; the plot has earlier runs' curves too."""
+    _, commands = small_quickstart
+    flags = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    assert ends(quickstart, flags, capsys)[0] == 0
+    del commands[:]
+    code, out, _ = ends(quickstart, [*flags, "--stages", "spo", "grpo"], capsys)
+    names = [Path(command[1]).name for command in commands]
+    assert code == 0 and names == ["train_distill_reason.py", "train_grpo.py", "train_spo.py"]
+    assert "the stage reason comes before it" in out and "the curves of grpo, spo: " in out
+    assert all(out.split(name)[1].count("reason_64.pth") for name in names[1:])  # what each starts from
+    del commands[:]
+    code, out, _ = ends(quickstart, [*flags, "--stages", "ppo"], capsys)
+    assert code == 0 and [Path(command[1]).name for command in commands] == ["train_ppo.py"]
+    assert "the curves of ppo, grpo, spo: " in out
+
+
+def test_size_is_what_suits_the_device_or_what_is_asked_for(small_quickstart, tmp_path, capsys):
+    _, commands = small_quickstart
+    flags = [f"--out_dir={tmp_path}", "--device=cpu", "--stages", "pretrain"]
+    for more, width, rate in ([], 64, "small"), (["--size=small"], 64, "small"), (["--size=full"], 96, "full"):
+        del commands[:]
+        assert ends(quickstart, [*flags, *more], capsys)[0] == 0
+        assert f"--hidden_size={width}" in commands[0] and f"--learning_rate={quickstart.RATES[rate][0]}" in commands[0]
+        assert (tmp_path / f"pretrain_{width}.pth").exists()
 
 
 def test_quickstart_ends_when_a_stage_fails(tmp_path, capsys, monkeypatch):

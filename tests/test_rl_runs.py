@@ -1,6 +1,8 @@
 """The reinforcement-learning scripts as processes: killed and resumed, two ranks by torchrun, ZeRO, replicas apart."""
 
+import importlib
 import json
+import re
 import signal
 
 import processes
@@ -23,6 +25,20 @@ TWO = ["--batch_size=2", "--accumulation_steps=2"]
 
 def flags_of(stage, folder, *more):
     return [*write_world(folder), *FLAGS[stage], *ONE, "--max_steps=6", "--save_interval=2", "--eval_interval=2", *more]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reply_with_what_it_earned_is_shown_every_few_steps(stage, tmp_path, capsys):
+    script = importlib.import_module(f"trainer.train_{stage}")
+    more = ["--log_interval=2", "--max_steps=4", "--eval_interval=100", "--rewards=reward_model=1,length=0.5,answer=2"]
+    script.main(script.parse_args([*flags_of(stage, tmp_path), *more]))
+    lines = capsys.readouterr().out.splitlines()
+    number = r"-?\d+\.\d\d"
+    told = rf"  reward {number}  reward_model {number}  length {number}  answer {number}"
+    asked = r"""  'Say something\. .*\d' -> ['"].*['"]"""
+    shown = [i for i, line in enumerate(lines) if re.fullmatch(asked + told, line)]
+    steps = [i for i, line in enumerate(lines) if re.match(rf"{NAMES.get(stage, stage)} [24]/4  ", line)]
+    assert len(steps) == 2 and shown == [i - 1 for i in steps]  # before each line of the log
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,7 @@ from trainer import train_pretrain
 from trainer.runtime import run as run_module
 from trainer.runtime import run_log
 from trainer.runtime.engine import Engine
-from trainer.runtime.run_log import RunLog, clock, format_meter, keep_steps, read_records
+from trainer.runtime.run_log import RunLog, clock, format_meter, keep_steps, plot_stages, read_records
 
 TINY = ["--hidden_size=64", "--num_hidden_layers=2", "--device=cpu", "--dtype=float32", "--max_seq_len=64"]
 
@@ -144,6 +144,27 @@ def test_the_curve_needs_no_backend(tmp_path, monkeypatch):
     run.write(1, 10, {"loss": 2.0}, 0)
     run.close()
     assert (tmp_path / "pretrain_64.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stages_are_drawn_together(tmp_path, monkeypatch):
+    """A panel a figure, a curve a stage; what a log lacks, or had no number for, leaves no trace."""
+    figures, save = [], run_log.save_figure
+    monkeypatch.setattr(run_log, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
+    sampled = {"reward": [0.5, None, 1.0], "accuracy": [0.25, 0.5, 0.75], "reply_tokens": [9.0, 8.0, 7.0]}
+    logs = {}
+    for stage, more in ("grpo", {"kl": [0.0, 0.1, 0.2], "val_accuracy": [None, None, 0.5]}), ("spo", {}):
+        figures_of = sampled | more
+        rows = [{"elapsed_s": i, **{name: values[i] for name, values in figures_of.items()}} for i in range(3)]
+        logs[stage] = tmp_path / f"{stage}.jsonl"
+        run_log.write_records(logs[stage], rows)
+    plot_stages(logs, tmp_path / "stages.png")
+    reward, right, length, kl = ({line.get_label(): line for line in axes.lines} for axes in figures[0].axes)
+    assert reward.keys() == length.keys() == {"grpo", "spo"} and kl.keys() == {"grpo"}
+    assert right.keys() == {"grpo", "spo", "grpo, held out"}
+    assert reward["spo"].get_xydata().tolist() == [[0, 0.5], [2, 1.0]]
+    assert right["grpo, held out"].get_xydata().tolist() == [[2, 0.5]]
+    assert right["grpo"].get_color() == right["grpo, held out"].get_color() != right["spo"].get_color()
+    assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
 
 
 def fail(*_):

@@ -71,15 +71,15 @@ def imported_from_scripts(path):
 
 
 def test_scripts_are_commands_that_nothing_imports():
-    """A long command may have parts, <command>_<part>.py beside it, for itself alone."""
+    """A long command may have parts, <command>_<part>.py beside it, for itself and for one another alone."""
     packages = [path for folder in ("model", "dataset", "trainer") for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in [ROOT / "eval_model.py", *packages] if imported_from_scripts(path)]
-    parts = set()
+    commands, parts = {script.stem for script in SCRIPTS if script.parts[0] == "scripts"}, set()
     for path in sorted(ROOT.glob("scripts/*.py")):
         taken = imported_from_scripts(path)
-        assert all(name.startswith(f"{path.stem}_") for name in taken), path
+        command = next((name for name in commands if path.stem.startswith(f"{name}_")), path.stem)
+        assert all(name.startswith(f"{command}_") for name in taken), path
         parts |= taken
-    commands = {script.stem for script in SCRIPTS if script.parts[0] == "scripts"}
     assert {path.stem for path in ROOT.glob("scripts/*.py")} == commands | parts and not commands & parts
 
 

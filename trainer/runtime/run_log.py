@@ -134,15 +134,51 @@ class RunLog:
         if any("reward" in record for record in self.records):  # there the loss says nothing
             curves = {"reward": "-", "val_reward": "o-", "accuracy": "-", "val_accuracy": "o-"}
         for key, style in curves.items():
-            points = [(r["tokens"], r[key]) for r in self.records if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=key, markersize=4, linewidth=1.2)
+            draw_curve(axes, self.records, "tokens", key, style, label=key)
         label = "loss (nats per token)" if "loss" in curves else "reward, share of right replies"
         axes.set(xlabel="tokens", ylabel=label, title=self.path.stem)
-        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        write_files({self.path.with_suffix(".png"): lambda file: figure.savefig(file, dpi=110, bbox_inches="tight")})
+        save_figure(figure, self.path.with_suffix(".png"))
+
+
+def draw_curve(axes, records: list[dict], x: str, y: str, style: str, **how) -> None:
+    """A line through the records that have this figure, if any has."""
+    axes.grid(alpha=0.3)
+    points = [(record[x], record[y]) for record in records if record.get(y) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1.2, **how)
+
+
+def save_figure(figure, path: Path) -> None:
+    write_files({path: lambda file: figure.savefig(file, dpi=110, bbox_inches="tight")})
+
+
+REWARDED = {  # title -> what is sampled, and what is held out
+    "reward": ("reward", "val_reward"),
+    "share right and in form": ("accuracy", "val_accuracy"),
+    "tokens of a reply": ("reply_tokens", "val_reply_tokens"),
+    "KL to the start, where the stage weighs it": ("kl", None),
+}
+
+
+def plot_stages(logs: dict[str, Path], path: Path) -> None:
+    """Reward, strict accuracy, length and KL of reinforcement-learning stages, {name: log}, as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7))
+    panels = figure.subplots(2, 2).flat
+    for axes, (title, (sampled, held_out)) in zip(panels, REWARDED.items(), strict=True):
+        for number, (name, log) in enumerate(logs.items()):
+            records = read_records(log)
+            draw_curve(axes, records, "elapsed_s", sampled, "-", color=f"C{number}", label=name, alpha=0.6)
+            if held_out:
+                draw_curve(axes, records, "elapsed_s", held_out, "o-", color=f"C{number}", label=f"{name}, held out")
+        axes.set(title=title, xlabel="seconds, evaluations too")
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.tight_layout()
+    save_figure(figure, path)
 
 
 def printable(value: object) -> object:
