@@ -296,7 +296,7 @@ def test_unanswerable_questions_get_an_honest_answer(rows_of):
         if question["role"] == "user"
     ]
     honest = [turn for turn in turns if demo_unknown.ANSWER[turn[0]] in turn[2]]
-    assert 0.1 < len(honest) / len(turns) < 0.2 and len({turn[1] for turn in honest}) > 0.9 * len(honest)
+    assert 0.1 < len(honest) / len(turns) < 0.2 and len({turn[1] for turn in honest}) > 0.85 * len(honest)
     known = {item.subject for item in base_items()}
     for language in LANGUAGES:
         unknown, rng = demo_unknown.Unknown(language, base_items()), random.Random(5)
